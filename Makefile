@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a virtual environment with the pinned packages that CI uses.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check lint typecheck clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/wan-ar tiny-checkpoint outputs/tiny-checkpoint --overwrite
+	$(BIN)/wan-ar generate --model outputs/tiny-checkpoint --prompt "a red circle moving right on a navy background" \
+		--height 64 --width 64 --num-frames 81 --window-frames 9 --sink-frames 3 --seed 0 --scale 4 \
+		--output outputs/demo.mp4
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(READY)
+	rm -rf build/typecheck
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p wan_autoregressive
+
+check: lint typecheck test
+
+clean:
+	rm -rf build dist outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

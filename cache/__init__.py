@@ -1,0 +1,7 @@
+"""The rolling KV cache: which tokens are kept, and where."""
+
+from wan_autoregressive.cache.block_cache import WanKVBlockCache
+from wan_autoregressive.cache.kv_cache import WanKVCache
+from wan_autoregressive.cache.token_window import TokenWindow
+
+__all__ = ["TokenWindow", "WanKVBlockCache", "WanKVCache"]

@@ -1,0 +1,151 @@
+"""The rolling KV cache of a causal Wan transformer: one object per video (two with guidance)."""
+
+import torch
+
+from wan_autoregressive.cache.block_cache import WanKVBlockCache
+from wan_autoregressive.cache.token_window import WriteMode
+
+
+class WanKVCache:
+    """Self-attention keys and values of the chunks generated so far.
+
+    The contract is that of the rolling cache proposed for diffusers (pull request 13681): the first forward of a
+    chunk runs in append mode, every later one (further denoising steps, the clean pass) in overwrite mode.
+
+    ```python
+    cache = WanKVCache(num_blocks=len(transformer.blocks), window_size=12 * tokens_per_frame)
+    for index, chunk in enumerate(chunks):
+        for step, timestep in enumerate(timesteps):
+            cache.enable_append_mode() if step == 0 else cache.enable_overwrite_mode()
+            transformer(chunk, timestep, prompt_embeds, frame_offset=3 * index, attention_kwargs={"kv_cache": cache})
+    cache.reset()  # between videos
+    ```
+
+    Eviction happens when a chunk is appended, before its attention: with `n` new tokens the oldest
+    `max(0, length + n - window_size)` tokens behind the sink go. So every forward of a chunk sees the same window,
+    as in Self-Forcing (`pipeline/causal_inference.py`) and LongLive. Sizes are tokens; a multiple of the tokens per
+    frame makes eviction frame-exact.
+
+    Args:
+        num_blocks (`int`): Transformer blocks.
+        window_size (`int`, defaults to -1): Tokens held per block at most, sink and newest chunk included; -1 keeps
+            the whole prefix.
+        sink_size (`int`, defaults to 0): First tokens of the video that are never evicted (LongLive's frame sink).
+        max_tokens (`int`, *optional*): Without a window, the tokens to allocate at once if the length of the video
+            is known; otherwise buffers double when full. With a window it must not be given.
+
+    Raises:
+        ValueError: sizes that cannot work together, a chunk that does not fit, an overwrite without a chunk of the
+            same size, a batch, head or dtype that changes. Always before anything is written.
+    """
+
+    def __init__(
+        self, num_blocks: int, window_size: int = -1, sink_size: int = 0, max_tokens: int | None = None
+    ) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks is {num_blocks}; a cache needs at least 1 block")
+        if max_tokens is not None and (window_size != -1 or max_tokens < 1):
+            raise ValueError(
+                f"max_tokens is {max_tokens} with window_size {window_size}; it must be at least 1 and is only for "
+                "a cache without a window"
+            )
+        self.block_caches = [WanKVBlockCache(window_size, sink_size, max_tokens) for _ in range(num_blocks)]
+        self.window_size = window_size
+        self.sink_size = sink_size
+        self.max_tokens = max_tokens
+        self._mode: WriteMode = "append"
+
+    # The mode of the forwards to come.
+
+    def enable_append_mode(self) -> None:
+        """The next forward adds a chunk; once the window is full the oldest tokens behind the sink are evicted."""
+        self._mode = "append"
+
+    def enable_overwrite_mode(self) -> None:
+        """The next forward replaces the newest chunk in place. It must have as many tokens."""
+        self._mode = "overwrite"
+
+    def enable_rewrite_mode(self, keep_sink: bool = True) -> None:
+        """The next forward replaces everything held with its own tokens, in one pass; the sink stays if `keep_sink`.
+
+        For rebuilding the past under another prompt (LongLive's re-cache).
+        """
+        self._mode = "rewrite" if keep_sink else "rewrite_all"
+
+    @property
+    def overwrite_newest(self) -> bool:
+        """Whether the next forward overwrites the newest chunk."""
+        return self._mode == "overwrite"
+
+    # One block at a time, for a caller with an attention of its own.
+
+    def update(self, block_idx: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Merge the current chunk of one block and return the keys and values to attend over.
+
+        Args:
+            block_idx (`int`): The block, 0 to `num_blocks - 1`.
+            key, value (`torch.Tensor` of shape `(batch, chunk_tokens, heads, head_dim)`): Key after normalisation and
+                rotary embedding.
+
+        Returns:
+            Views `(batch, valid_tokens, heads, head_dim)` into the buffers; valid until the next update.
+        """
+        if not 0 <= block_idx < len(self.block_caches):
+            raise ValueError(f"block_idx is {block_idx}; this cache has blocks 0 to {len(self.block_caches) - 1}")
+        block = self.block_caches[block_idx]
+        block.plan(key.shape[1], self._mode)
+        attended = block.write(key, value)
+        block.commit()
+        return attended
+
+    # All blocks of one forward: integers before and after, tensors in between.
+
+    def begin_forward(self, num_tokens: int) -> list[WanKVBlockCache]:
+        """Plan the write of a chunk in every block; the blocks then call `write`. Changes nothing that is held."""
+        for block in self.block_caches:
+            block.plan(num_tokens, self._mode)
+        return self.block_caches
+
+    def end_forward(self) -> None:
+        """Commit what `begin_forward` planned, once every block has written."""
+        for block in self.block_caches:
+            block.commit()
+
+    def reset(self) -> None:
+        """Clear all blocks between videos: no tokens, append mode. Buffers are kept for reuse."""
+        for block in self.block_caches:
+            block.reset()
+        self._mode = "append"
+
+    def release(self) -> None:
+        """Clear all blocks and free their memory."""
+        for block in self.block_caches:
+            block.release()
+        self._mode = "append"
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_caches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held per block."""
+        return self.block_caches[0].window.state.length
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers, 0 before the first write."""
+        return sum(block.allocated_bytes for block in self.block_caches)
+
+    def expected_bytes(
+        self, batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, num_tokens: int | None = None
+    ) -> int:
+        """Bytes that the buffers will take, before anything is allocated.
+
+        Args:
+            num_tokens (`int`, *optional*): Tokens of the whole video, needed without window and `max_tokens`.
+        """
+        capacity = self.window_size if self.window_size != -1 else self.max_tokens or num_tokens
+        if capacity is None:
+            raise ValueError("a cache without window_size and max_tokens grows with the video: pass num_tokens")
+        return 2 * self.num_blocks * batch_size * capacity * num_heads * head_dim * dtype.itemsize

@@ -1,0 +1,134 @@
+"""Which buffer slots hold which tokens: the integer bookkeeping of a rolling KV cache, without tensors."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+WriteMode = Literal["append", "overwrite", "rewrite", "rewrite_all"]
+
+Span = tuple[int, int]
+"""Slots `[start, stop)`."""
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """Where the tokens of one block are. Valid tokens always fill slots `[0, length)`."""
+
+    length: int = 0
+    """Valid tokens."""
+    head: int = 0
+    """Slot after the newest token, where the next append starts."""
+    newest_start: int = 0
+    """Slot of the newest chunk's first token."""
+    newest_size: int = 0
+    """Tokens of the newest chunk."""
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """What one update will do: the slots to write, in token order, and the state once they are written."""
+
+    spans: tuple[Span, ...]
+    state_after: WindowState
+
+
+class TokenWindow:
+    """A ring over `[sink_size, window_size)` behind a sink that is never evicted.
+
+    A new chunk overwrites the oldest non-sink tokens in place, so nothing that is kept ever moves. That is equivalent
+    to dropping them and shifting the rest, because attention does not depend on the order of the keys. Planning
+    changes nothing; `commit` does, so an update that failed can be tried again.
+
+    Args:
+        window_size (`int`): Tokens held at most, sink and newest chunk included; -1 keeps everything.
+        sink_size (`int`): The first tokens of the video, which stay. Needs a finite window.
+
+    Raises:
+        ValueError: sizes that cannot work together, at construction or for a chunk.
+    """
+
+    def __init__(self, window_size: int = -1, sink_size: int = 0) -> None:
+        if window_size != -1 and window_size < 1:
+            raise ValueError(f"window_size is {window_size}; it must be -1 (keep everything) or at least 1 token")
+        if sink_size < 0:
+            raise ValueError(f"sink_size is {sink_size}; it must be 0 or more tokens")
+        if sink_size and window_size == -1:
+            raise ValueError(f"sink_size is {sink_size} but window_size is -1: without eviction a sink has no effect")
+        if sink_size and sink_size >= window_size:
+            raise ValueError(f"sink_size ({sink_size}) leaves no room in window_size ({window_size})")
+        self.window_size = window_size
+        self.sink_size = sink_size
+        self.state = WindowState()
+
+    def plan(self, num_tokens: int, mode: WriteMode) -> WritePlan:
+        """The slots that `num_tokens` new tokens go to.
+
+        `append` adds a chunk and evicts first; `overwrite` replaces the newest chunk; `rewrite` replaces everything
+        but the sink, `rewrite_all` the sink as well (both for a pass over many frames at once, as after a prompt
+        switch).
+        """
+        if num_tokens < 1:
+            raise ValueError(f"a chunk has {num_tokens} tokens; it needs at least 1")
+        if mode == "append":
+            return self._plan_append(num_tokens)
+        if mode == "overwrite":
+            return self._plan_overwrite(num_tokens)
+        return self._plan_rewrite(num_tokens, keep_sink=mode == "rewrite")
+
+    def commit(self, plan: WritePlan) -> None:
+        self.state = plan.state_after
+
+    def reset(self) -> None:
+        self.state = WindowState()
+
+    @property
+    def chronological_spans(self) -> tuple[Span, ...]:
+        """The valid slots from the oldest token to the newest, sink first."""
+        length, head = self.state.length, self.state.head
+        if length == 0:
+            return ()
+        if length < self.window_size or self.window_size == -1 or head in (self.sink_size, self.window_size):
+            return ((0, length),)
+        spans = ((0, self.sink_size), (head, self.window_size), (self.sink_size, head))
+        return tuple(span for span in spans if span[0] < span[1])
+
+    def _plan_append(self, num_tokens: int) -> WritePlan:
+        if self.window_size == -1:
+            start = self.state.head
+            stop = start + num_tokens
+            return WritePlan(((start, stop),), WindowState(stop, stop, start, num_tokens))
+        if self.sink_size + num_tokens > self.window_size:
+            raise ValueError(
+                f"a chunk of {num_tokens} tokens and a sink of {self.sink_size} do not fit in a window of "
+                f"{self.window_size}: the chunk would evict itself. Use a window of at least "
+                f"{self.sink_size + num_tokens} tokens"
+            )
+        start = self.sink_size if self.state.head == self.window_size else self.state.head
+        spans = self._ring_spans(start, num_tokens)
+        length = min(self.state.length + num_tokens, self.window_size)
+        return WritePlan(spans, WindowState(length, spans[-1][1], start, num_tokens))
+
+    def _plan_overwrite(self, num_tokens: int) -> WritePlan:
+        if self.state.newest_size == 0:
+            raise ValueError("overwrite before any append: there is no newest chunk. Call enable_append_mode() first")
+        if num_tokens != self.state.newest_size:
+            raise ValueError(
+                f"overwrite with {num_tokens} tokens, but the newest chunk has {self.state.newest_size}: an overwrite "
+                "replaces exactly the newest chunk. Use append mode for a new one"
+            )
+        return WritePlan(self._ring_spans(self.state.newest_start, num_tokens), self.state)
+
+    def _plan_rewrite(self, num_tokens: int, keep_sink: bool) -> WritePlan:
+        start = min(self.sink_size, self.state.length) if keep_sink else 0
+        stop = start + num_tokens
+        if self.window_size != -1 and stop > self.window_size:
+            raise ValueError(
+                f"a rewrite of {num_tokens} tokens behind {start} kept ones does not fit in a window of "
+                f"{self.window_size}"
+            )
+        return WritePlan(((start, stop),), WindowState(stop, stop, start, num_tokens))
+
+    def _ring_spans(self, start: int, num_tokens: int) -> tuple[Span, ...]:
+        stop = start + num_tokens
+        if self.window_size == -1 or stop <= self.window_size:
+            return ((start, stop),)
+        return ((start, self.window_size), (self.sink_size, self.sink_size + stop - self.window_size))

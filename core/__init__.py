@@ -1,0 +1,42 @@
+"""Chunk-by-chunk, endless video generation with Wan models on stock diffusers."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from wan_autoregressive._version import __version__
+
+if TYPE_CHECKING:
+    from wan_autoregressive.cache import WanKVCache
+    from wan_autoregressive.models import CausalWanTransformer3DModel
+    from wan_autoregressive.pipelines import WanAutoregressivePipeline, WanRollout, WanVideoChunk
+    from wan_autoregressive.schedulers import SelfForcingScheduler
+
+# Imported on first use, so that `wan-ar --help` does not wait for torch.
+_PUBLIC = {
+    "CausalWanTransformer3DModel": "models",
+    "SelfForcingScheduler": "schedulers",
+    "WanAutoregressivePipeline": "pipelines",
+    "WanKVCache": "cache",
+    "WanRollout": "pipelines",
+    "WanVideoChunk": "pipelines",
+}
+
+__all__ = [
+    "CausalWanTransformer3DModel",
+    "SelfForcingScheduler",
+    "WanAutoregressivePipeline",
+    "WanKVCache",
+    "WanRollout",
+    "WanVideoChunk",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

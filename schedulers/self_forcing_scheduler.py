@@ -1,0 +1,185 @@
+"""The few-step sampler of Self-Forcing: predict x0, re-noise it to the next step, the last x0 is the sample."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class SelfForcingSchedulerOutput(BaseOutput):
+    """What one step gives.
+
+    Args:
+        prev_sample (`torch.Tensor`): Input of the next step; after the last step the finished sample.
+        pred_original_sample (`torch.Tensor`): The x0 that this step predicts.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
+    """Denoising step list of a distilled causal Wan model, after `utils/scheduler.py` of Self-Forcing.
+
+    The table has `num_train_timesteps` entries `sigma = shift * s / (1 + (shift - 1) * s)`, `t = 1000 * sigma` for
+    evenly spaced `s`. A warped step list indexes it: with shift 5, steps 1000, 750, 500, 250 run at t = 1000, 937.5,
+    833.333, 625. Timesteps are floats; truncating them changes the video.
+
+    A step keeps nothing, so one scheduler serves all chunks, and `FlowMatchLCMScheduler` of diffusers gives the same
+    numbers; it is not the base because it draws a noise tensor too many per chunk and counts steps itself.
+
+    Args:
+        denoising_steps (`Sequence[float]`): Strictly descending, in (0, `num_train_timesteps`].
+        shift (`float`, defaults to 5.0): Flow shift of the table.
+        warp (`bool`, defaults to `True`): Whether steps are indices into the table (whole numbers) or timesteps that
+            are used as they are, with the sigma of the nearest entry.
+        num_train_timesteps (`int`, defaults to 1000): Entries of the table.
+
+    Raises:
+        ValueError: a list that is empty, does not descend or leaves the table; a shift of 0 or less.
+    """
+
+    _compatibles: list[str] = []  # noqa: RUF012 - read by diffusers under this name
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        denoising_steps: Sequence[float] = (1000, 750, 500, 250),
+        shift: float = 5.0,
+        warp: bool = True,
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        if shift <= 0:
+            raise ValueError(f"shift is {shift}; it must be above 0")
+        s = torch.linspace(1.0, 0.0, num_train_timesteps + 1, dtype=torch.float32)
+        self._table_sigmas = shift * s / (1 + (shift - 1) * s)  # (num_train_timesteps + 1,), the last one is 0
+        self._table_timesteps = self._table_sigmas * num_train_timesteps
+        self.set_timesteps()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads other Wan schedulers' configs too: UniPC's `flow_shift` is our `shift`."""
+        if "flow_shift" in config_dict and "shift" not in config_dict:
+            config_dict = {**config_dict, "shift": config_dict["flow_shift"]}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        denoising_steps: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the steps of a chunk.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Evenly spaced steps, 4 gives 1000, 750, 500, 250. The list of the
+                config is used if it has as many.
+            device (`torch.device`, *optional*): Where `timesteps` shall be. `sigmas` stay on the CPU.
+            denoising_steps (`Sequence[float]`, *optional*): An own list instead.
+        """
+        if num_inference_steps is not None and denoising_steps is not None:
+            raise ValueError(
+                f"got num_inference_steps={num_inference_steps} and denoising_steps={list(denoising_steps)}; pass one"
+            )
+        steps = list(self.config.denoising_steps if denoising_steps is None else denoising_steps)
+        if num_inference_steps is not None and num_inference_steps != len(steps):
+            steps = self._evenly_spaced(num_inference_steps)
+        self._check_steps(steps)
+
+        if self.config.warp:
+            indices = torch.tensor([self.config.num_train_timesteps - int(step) for step in steps])
+            timesteps = self._table_timesteps[indices]
+        else:
+            timesteps = torch.tensor(steps, dtype=torch.float32)
+            indices = (self._table_timesteps[:, None] - timesteps).abs().argmin(dim=0)
+        self.timesteps = timesteps.to(device)  # (steps,) float32
+        self.sigmas = torch.cat([self._table_sigmas[indices], torch.zeros(1)])  # (steps + 1,) float32
+        self.num_inference_steps = len(steps)
+        self._timestep_floats: list[float] = timesteps.tolist()
+        self._sigma_floats: list[float] = self.sigmas.tolist()
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SelfForcingSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One denoising step: `x0 = sample - sigma * flow`, then noise for the next step unless it is the last.
+
+        Args:
+            model_output (`torch.Tensor`): Predicted flow, shaped as `sample`.
+            timestep (`float` or 0-d `torch.Tensor`): One of `timesteps`. A tensor on a GPU costs a sync; a float
+                does not.
+            sample (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Current noisy latents.
+            generator (`torch.Generator` or a list with one per batch entry, *optional*): Source of the noise.
+
+        Returns:
+            [`SelfForcingSchedulerOutput`], or `(prev_sample, pred_original_sample)` if not `return_dict`.
+        """
+        index = self._index_of(float(timestep))
+        x0 = self.predict_original_sample(model_output, self._sigma_floats[index], sample)
+        prev_sample = x0
+        if index + 1 < len(self._timestep_floats):
+            noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+            prev_sample = self._mix(x0, noise, self._sigma_floats[index + 1])
+        if not return_dict:
+            return prev_sample, x0
+        return SelfForcingSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x0)
+
+    def predict_original_sample(self, model_output: torch.Tensor, sigma: float, sample: torch.Tensor) -> torch.Tensor:
+        """x0 from flow, computed in float64 as the original does (float32 where the device has no float64)."""
+        precise = torch.float32 if sample.device.type == "mps" else torch.float64
+        return (sample.to(precise) - sigma * model_output.to(precise)).to(sample.dtype)
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timestep: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Clean latents noised to a timestep: `(1 - sigma) * x0 + sigma * noise`, sigma of the nearest table entry."""
+        index = int((self._table_timesteps - float(timestep)).abs().argmin())
+        return self._mix(original_samples, noise, float(self._table_sigmas[index]))
+
+    @staticmethod
+    def _mix(x0: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+        return (1 - sigma) * x0 + sigma * noise
+
+    def _index_of(self, timestep: float) -> int:
+        try:
+            return self._timestep_floats.index(timestep)
+        except ValueError:
+            raise ValueError(
+                f"timestep {timestep} is not one of this schedule's timesteps {self._timestep_floats}"
+            ) from None
+
+    def _evenly_spaced(self, num_inference_steps: int) -> list[float]:
+        if not 1 <= num_inference_steps <= self.config.num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps}; it must be 1 to {self.config.num_train_timesteps}"
+            )
+        last = self.config.num_train_timesteps
+        return [round(last * (num_inference_steps - i) / num_inference_steps) for i in range(num_inference_steps)]
+
+    def _check_steps(self, steps: list[float]) -> None:
+        last = self.config.num_train_timesteps
+        if not steps:
+            raise ValueError("denoising_steps is empty; it needs at least one step")
+        if not all(isinstance(step, int | float) and 0 < step <= last for step in steps):
+            raise ValueError(f"denoising_steps is {steps}; every step must be a number above 0 and at most {last}")
+        if any(later >= earlier for earlier, later in itertools.pairwise(steps)):
+            raise ValueError(f"denoising_steps is {steps}; the steps must descend strictly")
+        if self.config.warp and any(step != int(step) for step in steps):
+            raise ValueError(
+                f"denoising_steps is {steps}; with warp=True steps are indices and must be whole numbers. "
+                "Use warp=False for timesteps"
+            )
