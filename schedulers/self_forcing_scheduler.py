@@ -70,7 +70,8 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Reads other Wan schedulers' configs too: UniPC's `flow_shift` is our `shift`."""
         if "flow_shift" in config_dict and "shift" not in config_dict:
-            config_dict = {**config_dict, "shift": config_dict["flow_shift"]}
+            config_dict = dict(config_dict)
+            config_dict["shift"] = config_dict.pop("flow_shift")
         return super().extract_init_dict(config_dict, **kwargs)
 
     def set_timesteps(

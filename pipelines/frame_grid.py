@@ -1,0 +1,65 @@
+"""How a video is cut into chunks, in latent frames. Pure integers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FrameBlock:
+    """Latent frames `[start, stop)` that go through the transformer together."""
+
+    index: int
+    start: int
+    stop: int
+    given: bool
+    """Whether the frames were given by the caller instead of being generated."""
+
+    @property
+    def num_frames(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class FrameGrid:
+    """A grid of blocks from frame 0: one of `first_chunk_frames`, then of `chunk_frames` each.
+
+    Given frames fill the grid from its start; where they end inside a block, that block is split there and its
+    remainder is generated. The last block ends with the video.
+    """
+
+    chunk_frames: int
+    first_chunk_frames: int
+    given_frames: int = 0
+    total_frames: int | None = None
+    """Latent frames of the whole video; `None` for one without end."""
+
+    def block(self, index: int, start: int) -> FrameBlock:
+        """The block that starts at latent frame `start`."""
+        if start < self.first_chunk_frames:
+            stop = self.first_chunk_frames
+        else:
+            done = (start - self.first_chunk_frames) // self.chunk_frames
+            stop = self.first_chunk_frames + (done + 1) * self.chunk_frames
+        given = start < self.given_frames
+        if given:
+            stop = min(stop, self.given_frames)
+        if self.total_frames is not None:
+            stop = min(stop, self.total_frames)
+        return FrameBlock(index, start, stop, given)
+
+    def __iter__(self) -> Iterator[FrameBlock]:
+        index, start = 0, 0
+        while self.total_frames is None or start < self.total_frames:
+            block = self.block(index, start)
+            yield block
+            index, start = index + 1, block.stop
+
+
+def latent_frames_of(num_frames: int, scale_factor_temporal: int) -> int:
+    """Latent frames that hold `num_frames` pixel frames: 1 for the first, then one per `scale_factor_temporal`."""
+    return -(-(num_frames - 1) // scale_factor_temporal) + 1
+
+
+def pixel_frames_of(latent_frames: int, scale_factor_temporal: int) -> int:
+    """Pixel frames that the VAE makes of `latent_frames` from the start of a video."""
+    return (latent_frames - 1) * scale_factor_temporal + 1

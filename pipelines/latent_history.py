@@ -1,0 +1,37 @@
+"""The last clean latents of a video, for rebuilding the cache under another prompt."""
+
+import torch
+
+
+class LatentHistory:
+    """The newest `max_frames` latent frames, `(batch, channels, frames, height, width)`; all if `max_frames` is None.
+
+    Chunks are kept as they come and only joined when asked for.
+    """
+
+    def __init__(self, max_frames: int | None) -> None:
+        self.max_frames = max_frames
+        self._chunks: list[torch.Tensor] = []
+
+    def append(self, latents: torch.Tensor) -> None:
+        self._chunks.append(latents)
+        if self.max_frames is None:
+            return
+        while self.num_frames - self._chunks[0].shape[2] >= self.max_frames:
+            self._chunks.pop(0)
+
+    def last(self, num_frames: int) -> torch.Tensor:
+        """The newest `num_frames` frames."""
+        return torch.cat(self._chunks, dim=2)[:, :, -num_frames:]
+
+    def clear(self) -> None:
+        self._chunks.clear()
+
+    @property
+    def num_frames(self) -> int:
+        """Frames held: up to a chunk more than `max_frames`."""
+        return sum(chunk.shape[2] for chunk in self._chunks)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(chunk.numel() * chunk.element_size() for chunk in self._chunks)

@@ -1,0 +1,49 @@
+"""What the pipeline hands out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wan_autoregressive.pipelines.timings import StageTimings
+
+
+@dataclass(frozen=True)
+class WanVideoChunk:
+    """One chunk of the video, as soon as it is decoded.
+
+    Args:
+        frames: Pixel frames: `(batch, frames, height, width, 3)` in [0, 1] for `np`, `(batch, frames, 3, height,
+            width)` for `pt`, a list of lists of images for `pil`, `None` for `latent`. One frame for the video's
+            first latent frame, `scale_factor_temporal` for every later one.
+        latents (`torch.Tensor` of shape `(batch, channels, latent_frames, height, width)`): Clean, normalised.
+        index (`int`): Counts chunks from 0, given ones included.
+        start_frame (`int`): First latent frame of the chunk.
+        start_pixel_frame (`int`): First pixel frame of the chunk.
+        given (`bool`): Whether the caller gave these frames.
+        prompt (`list[str]`, *optional*): The prompts it was made with, `None` if only embeddings are known.
+        timings (`StageTimings`): Seconds of each stage.
+    """
+
+    frames: Any
+    latents: torch.Tensor
+    index: int
+    start_frame: int
+    start_pixel_frame: int
+    given: bool
+    prompt: list[str] | None
+    timings: StageTimings
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """What a rollout will take, known before anything runs.
+
+    `kv_cache_bytes` is `None` for a video without end and without a window, whose cache grows.
+    """
+
+    chunks: int | None
+    latent_frames: int | None
+    forwards: int | None
+    kv_cache_bytes: int | None
+    vae_state_bytes: int | None

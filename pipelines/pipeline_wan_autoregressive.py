@@ -1,0 +1,613 @@
+"""The pipeline: from a prompt to a video that grows chunk by chunk."""
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging, replace_example_docstring
+from diffusers.video_processor import VideoProcessor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from wan_autoregressive.cache import WanKVCache
+from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
+from wan_autoregressive.models.streaming_vae import (
+    StreamingVaeEncoder,
+    denormalize_latents,
+    normalize_latents,
+    vae_state_bytes,
+)
+from wan_autoregressive.pipelines.checkpoint_index import STOCK_CLASSES, swap_component_classes
+from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of, pixel_frames_of
+from wan_autoregressive.pipelines.outputs import RolloutPlan, WanVideoChunk
+from wan_autoregressive.pipelines.prompts import (
+    Prompt,
+    PromptState,
+    check_one_of,
+    check_prompt,
+    expand_to_batch,
+    prompt_count,
+)
+from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
+from wan_autoregressive.pipelines.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.step_callback import StepEndFunction, VideoStepCallback
+from wan_autoregressive.pipelines.video_frames import as_unit_floats, count_video_frames, cut_frames, join_frames
+from wan_autoregressive.schedulers import SelfForcingScheduler
+from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
+
+logger = logging.get_logger(__name__)
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```python
+        >>> import torch
+        >>> from diffusers.utils import export_to_video
+        >>> from wan_autoregressive import WanAutoregressivePipeline
+
+        >>> # A folder made by `wan-ar convert self_forcing_dmd.pt --base Wan2.1-T2V-1.3B-Diffusers --output DIR`
+        >>> pipe = WanAutoregressivePipeline.from_pretrained("DIR", dtype=torch.bfloat16).to("cuda")
+        >>> video = pipe("a fox runs through fresh snow", num_frames=81).frames[0]
+        >>> export_to_video(video, "fox.mp4", fps=16)
+
+        >>> for chunk in pipe.stream("a fox runs through fresh snow", window_frames=12, sink_frames=3):
+        ...     show(chunk.frames)  # endless; stop when you like
+        ```
+"""
+
+
+class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
+    """Text, image or video to video of any length, with a Wan model distilled for causal few-step generation.
+
+    The pipeline holds components and nothing of a video; that is in a [`WanRollout`].
+
+    Args:
+        tokenizer ([`T5Tokenizer`]), text_encoder ([`UMT5EncoderModel`]): As in `WanPipeline`. May be `None` if only
+            embeddings are passed.
+        transformer ([`CausalWanTransformer3DModel`]): A plain `WanTransformer3DModel` is turned into one in place.
+        vae ([`AutoencoderKLWan`]): May be `None` if only latents are asked for.
+        scheduler ([`SelfForcingScheduler`]): Another scheduler is replaced by one with its flow shift.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+    _optional_components = ["tokenizer", "text_encoder", "vae"]  # noqa: RUF012
+
+    # Text is encoded exactly as in WanPipeline: padded with zeros to max_sequence_length, and the padding attended to.
+    encode_prompt = WanPipeline.encode_prompt
+    _get_t5_prompt_embeds = WanPipeline._get_t5_prompt_embeds
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        transformer: CausalWanTransformer3DModel | WanTransformer3DModel,
+        vae: AutoencoderKLWan,
+        scheduler: SelfForcingScheduler,
+    ) -> None:
+        super().__init__()
+        if isinstance(transformer, WanTransformer3DModel) and not isinstance(transformer, CausalWanTransformer3DModel):
+            transformer = CausalWanTransformer3DModel.from_wan(transformer)
+        if isinstance(scheduler, SchedulerMixin) and not isinstance(scheduler, SelfForcingScheduler):
+            scheduler = SelfForcingScheduler.from_config(scheduler.config)
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        # Saved folders name stock classes, so that they load from the Hub and in WanPipeline; loading swaps them back.
+        self.register_to_config(**STOCK_CLASSES)
+        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal if vae is not None else 4
+        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial if vae is not None else 8
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Load a stock Wan folder into our classes. Raises `ValueError` for a folder of another model."""
+        return super().extract_init_dict(swap_component_classes(config_dict), **kwargs)
+
+    # Generating.
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        num_videos_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepEndFunction | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int = 512,
+        **rollout_kwargs: Any,
+    ) -> WanPipelineOutput | tuple[Any]:
+        """Generate a whole video. The same frames as [`stream`], joined.
+
+        Args:
+            prompt (`str` or `list[str]`): What to show; a list makes one video for each.
+            negative_prompt (`str` or `list[str]`, *optional*): What to avoid; used with `guidance_scale` above 1.
+            height, width (`int`, *optional*): Pixels; 480 x 832 by default, or the size of `latents` or
+                `video_latents`. Multiples of the VAE's and the patch's sizes together (16).
+            num_frames (`int`, *optional*): Pixel frames, any count; 81 by default, or as many as `latents` gives.
+                The last chunk takes the remainder and surplus frames are cut.
+            num_inference_steps (`int`, *optional*): Evenly spaced denoising steps per chunk instead of the
+                scheduler's list.
+            guidance_scale (`float`, defaults to 1.0): Above 1, classifier-free guidance with a second cache. Distilled
+                models are made for 1.
+            num_videos_per_prompt (`int`, defaults to 1): Videos per prompt.
+            generator (`torch.Generator` or a list with one per video, *optional*): Noise and re-noise are drawn chunk
+                by chunk, step by step, as (batch, channels, frames, height, width).
+            latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Initial noise of
+                the generated frames.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`,
+                *optional*): Instead of text.
+            output_type (`str`, defaults to `"np"`): `np`, `pil`, `pt` or `latent`.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`WanPipelineOutput`] or a tuple.
+            attention_kwargs (`dict`, *optional*): Passed to the transformer; `scale` is the LoRA scale.
+            callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, tensors)` after every
+                denoising step, counted over all chunks. `latents` is the whole video, frames to come being zero.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Of `latents` (default), `prompt_embeds`,
+                `negative_prompt_embeds`.
+            max_sequence_length (`int`, defaults to 512): Text tokens, padding included.
+            rollout_kwargs: Chunks, window, sink, given frames and prompt changes, see [`rollout`].
+
+        Examples:
+
+        Returns:
+            [`WanPipelineOutput`] or `tuple`: `frames` as `(batch, frames, height, width, 3)` for `np`, `(batch,
+            frames, 3, height, width)` for `pt`, lists of images for `pil`, `(batch, channels, latent_frames, height,
+            width)` for `latent`.
+
+        Raises:
+            ValueError: arguments that cannot work, before any model runs.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        self._check_callback_inputs(tensor_inputs)
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # 1. The rollout: inputs checked, prompt encoded
+        callback = None
+        if callback_on_step_end is not None:
+            callback = VideoStepCallback(self, callback_on_step_end, tensor_inputs)
+        # Swapping transformer and VAE for every chunk is slow, and a callback may change any frame until the end.
+        decode_at_end = callback is not None or self._offloads_whole_models
+        if num_frames is None and latents is None:
+            num_frames = 81
+        rollout = self.rollout(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_videos_per_prompt=num_videos_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type="latent" if decode_at_end else output_type,
+            attention_kwargs=attention_kwargs,
+            max_sequence_length=max_sequence_length,
+            on_step_end=callback,
+            **rollout_kwargs,
+        )
+
+        # 2. Its chunks
+        self._num_timesteps = rollout.num_generated_chunks * rollout.num_steps_per_chunk
+        chunks = list(self._stream(rollout))
+
+        # 3. The video
+        latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
+        if callback is not None and callback.latents is not None:
+            latents = callback.latents[:, :, : latents.shape[2]]
+        if output_type == "latent":
+            frames = latents
+        elif decode_at_end:
+            frames = cut_frames(self.decode_latents(latents, output_type), rollout.config.num_frames)
+            self.maybe_free_model_hooks()
+        else:
+            frames = join_frames([chunk.frames for chunk in chunks])
+        return WanPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def stream(self, prompt: str | list[str] | None = None, **kwargs: Any) -> Iterator[WanVideoChunk]:
+        """Generate a video as an iterator over its chunks, each handed out as soon as it is decoded.
+
+        Args: those of [`rollout`]. Without `num_frames` (and `latents`) it does not end.
+
+        Yields:
+            [`WanVideoChunk`] with `frames`, `latents`, `index`, `start_frame` and `timings`.
+        """
+        rollout = self.rollout(prompt, **kwargs)
+        if self._offloads_whole_models and rollout.vae_decoder is not None:
+            logger.warning("model offload swaps transformer and VAE for every chunk of a stream, which is slow")
+        return self._stream(rollout)
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        chunk_frames: int = 3,
+        first_chunk_frames: int | None = None,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        context_noise: float = 0,
+        image: Any = None,
+        video: Any = None,
+        video_latents: torch.Tensor | None = None,
+        prompt_schedule: Mapping[int, Prompt] | None = None,
+        switch_policy: str = "recache",
+        recache_sink: str = "keep",
+        num_inference_steps: int | None = None,
+        denoising_steps: tuple[float, ...] | list[float] | None = None,
+        guidance_scale: float = 1.0,
+        num_videos_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 512,
+        on_step_end: StepCallback | None = None,
+    ) -> WanRollout:
+        """Start a video that the caller drives with `step()`.
+
+        Arguments that [`__call__`] has too mean the same here; without `num_frames` (and `latents`) there is no end.
+
+        Args:
+            chunk_frames (`int`, defaults to 3): Latent frames denoised together.
+            first_chunk_frames (`int`, *optional*): Those of the first chunk if it differs;
+                1 is an independent first frame.
+            window_frames (`int`, *optional*): Latent frames in the KV cache at most, sink and current chunk included.
+                `None` keeps the whole video; absolute positions then end it at 1024 latent frames.
+            sink_frames (`int`, defaults to 0): First latent frames that are never evicted.
+            context_noise (`float`, defaults to 0): Timestep of the pass that writes a finished chunk to the cache.
+            image: One image (PIL, array or tensor) to start from.
+            video: A clip to extend: frames (PIL images, `(frames, height, width, 3)` uint8 or [0, 1] floats, tensors)
+                or a batch of such. Frames past a multiple of 4 plus 1 are dropped.
+            video_latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Given
+                latents, normalised. Given frames come first in the video and count in `num_frames`.
+            prompt_schedule (`dict[int, str | list[str] | torch.Tensor]`, *optional*): Prompts or embeddings by the
+                latent frame from which they hold; taken over at the next chunk boundary.
+            switch_policy (`str`, defaults to `"recache"`): `recache` rebuilds the window's keys and values under the
+                new prompt; `cross_attention` only changes the text, and the past goes on to speak of the old one.
+            recache_sink (`str`, defaults to `"keep"`): Whether the sink keeps the old prompt's keys and values, or
+                `refresh`: the oldest frames of the window become the new sink.
+            denoising_steps (`Sequence[float]`, *optional*): Own step list, see [`SelfForcingScheduler`].
+
+        Returns:
+            [`WanRollout`]
+
+        Raises:
+            ValueError: arguments that cannot work, before any model runs.
+        """
+        # 1. Check inputs
+        check_one_of(image=image, video=video, video_latents=video_latents)
+        schedule = dict(prompt_schedule or {})
+        if prompt is None and prompt_embeds is None:
+            prompt = schedule.pop(0, None)
+        given_frames = self._count_given_frames(image, video, video_latents)
+        height, width = self._pixel_size(height, width, latents, video_latents)
+        config = RolloutConfig(
+            height=height,
+            width=width,
+            num_frames=self._num_frames(num_frames, latents, given_frames),
+            chunk_frames=chunk_frames,
+            first_chunk_frames=first_chunk_frames,
+            window_frames=window_frames,
+            sink_frames=sink_frames,
+            context_noise=context_noise,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            denoising_steps=None if denoising_steps is None else tuple(denoising_steps),
+            switch_policy=switch_policy,
+            recache_sink=recache_sink,
+            max_sequence_length=max_sequence_length,
+            output_type=output_type,
+        )
+        first_prompt = check_one_of(required=True, prompt=prompt, prompt_embeds=prompt_embeds)
+        negative = check_one_of(negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds)
+        self.check_inputs(config, [first_prompt, negative or "", *schedule.values()], list(schedule), given_frames)
+        batch_size = prompt_count(first_prompt) * num_videos_per_prompt
+        scheduler = self.chunk_scheduler(config)
+        self._check_tensors(config, batch_size, given_frames, latents, video_latents, generator)
+
+        # 2. Encode prompts
+        started = time.perf_counter()
+        first_state = self.encode_for_rollout(first_prompt, batch_size, max_sequence_length)
+        negative_embeds = None
+        if config.do_classifier_free_guidance:
+            negative_embeds = self.encode_for_rollout(negative or "", batch_size, max_sequence_length).embeds
+        states = {frame: self.encode_for_rollout(p, batch_size, max_sequence_length) for frame, p in schedule.items()}
+        text_s = time.perf_counter() - started
+
+        # 3. Encode given frames
+        started = time.perf_counter()
+        if video_latents is None and given_frames:
+            video_latents = self.encode_video([image] if video is None else video, height, width, batch_size)
+        encode_s = time.perf_counter() - started
+
+        device = self._execution_device
+        return WanRollout(
+            pipe=self,
+            config=config,
+            scheduler=scheduler,
+            prompt=first_state,
+            negative_prompt_embeds=negative_embeds,
+            prompt_schedule=states,
+            generator=generator,
+            latents=None if latents is None else latents.to(device, torch.float32),
+            video_latents=None if video_latents is None else video_latents.to(device, torch.float32),
+            attention_kwargs=attention_kwargs,
+            on_step_end=on_step_end,
+            seconds_before={"text": text_s, "encode": encode_s},
+        )
+
+    def plan(self, given_frames: int = 0, batch_size: int = 1, **kwargs: Any) -> RolloutPlan:
+        """What a rollout with these settings will take, without running anything.
+
+        Args:
+            given_frames (`int`, defaults to 0): Given latent frames.
+            batch_size (`int`, defaults to 1): Videos made together.
+            kwargs: Settings of a [`RolloutConfig`]; `height` and `width` are needed.
+        """
+        config = RolloutConfig(**kwargs)
+        self._check_sizes(config, given_frames)
+        scheduler = self.chunk_scheduler(config)
+        grid = self.frame_grid(config, given_frames)
+        branches = 2 if config.do_classifier_free_guidance else 1
+        chunks = forwards = cache_bytes = None
+        if grid.total_frames is not None:
+            blocks = list(grid)
+            generated = sum(not block.given for block in blocks)
+            chunks = len(blocks)
+            clean_passes = generated - 1
+            forwards = branches * (len(blocks) - generated + generated * scheduler.num_inference_steps + clean_passes)
+        cached_frames = config.window_frames or grid.total_frames
+        if cached_frames is not None:
+            tokens = cached_frames * self._tokens_per_frame(config)
+            cache_bytes = branches * self.transformer.kv_cache_bytes(tokens, batch_size)
+        vae_bytes = None
+        if self.vae is not None:
+            vae_bytes = vae_state_bytes(self.vae, batch_size, config.height, config.width, self.vae.dtype)
+        return RolloutPlan(chunks, grid.total_frames, forwards, cache_bytes, vae_bytes)
+
+    # What a rollout asks of its pipeline.
+
+    @torch.no_grad()
+    def encode_for_rollout(self, prompt: Prompt, batch_size: int, max_sequence_length: int = 512) -> PromptState:
+        """Embeddings `(batch_size, text_tokens, text_dim)` of a prompt in the transformer's dtype."""
+        check_prompt(prompt)
+        text: list[str] | None = None
+        if isinstance(prompt, torch.Tensor):
+            embeds = prompt
+        else:
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError("this pipeline has no text encoder or tokenizer: pass embeddings instead of text")
+            text = [prompt] if isinstance(prompt, str) else list(prompt)
+            embeds, _ = self.encode_prompt(
+                text, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+            )
+            text = text * (batch_size // len(text)) if len(text) == 1 else text
+        embeds = expand_to_batch(embeds, batch_size).to(self._execution_device, self.transformer.dtype)
+        return PromptState(embeds, text)
+
+    @torch.no_grad()
+    def encode_video(self, video: Any, height: int, width: int, batch_size: int = 1) -> torch.Tensor:
+        """Normalised latents `(batch_size, channels, latent_frames, height, width)` of given pixel frames.
+
+        Args:
+            video: Frames or a batch of them, see [`rollout`]. They are resized to `height` and `width`; frames past a
+                multiple of 4 plus 1 are dropped.
+        """
+        if self.vae is None:
+            raise ValueError("this pipeline has no VAE: pass video_latents instead of an image or a video")
+        pixels = self.video_processor.preprocess_video(as_unit_floats(video), height=height, width=width)
+        factor = self.vae_scale_factor_temporal
+        pixels = pixels[:, :, : (pixels.shape[2] - 1) // factor * factor + 1]
+        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        latents = StreamingVaeEncoder(self.vae).encode(pixels).mode()
+        return expand_to_batch(normalize_latents(self.vae, latents).float(), batch_size, "video")
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Any:
+        """Pixels of a whole video's normalised latents `(batch, channels, latent_frames, height, width)`."""
+        latents = denormalize_latents(self.vae, latents.to(self._execution_device, self.vae.dtype))
+        video = self.vae.decode(latents, return_dict=False)[0]
+        return self.video_processor.postprocess_video(video, output_type=output_type)
+
+    def frame_grid(self, config: RolloutConfig, given_frames: int = 0) -> FrameGrid:
+        """The video's chunks."""
+        total = config.num_frames and latent_frames_of(config.num_frames, self.vae_scale_factor_temporal)
+        return FrameGrid(config.chunk_frames, config.first_chunk_frames or config.chunk_frames, given_frames, total)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the latents of a video of `height` x `width` pixels."""
+        return height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial
+
+    def chunk_scheduler(self, config: RolloutConfig) -> SelfForcingScheduler:
+        """The scheduler of one rollout, with its step list; the pipeline's own is never changed."""
+        scheduler = SelfForcingScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(config.num_inference_steps, denoising_steps=config.denoising_steps)
+        return scheduler
+
+    def new_kv_cache(self, config: RolloutConfig, total_frames: int | None) -> WanKVCache:
+        """An empty cache for one video (one branch of guidance)."""
+        per_frame = self._tokens_per_frame(config)
+        num_blocks = len(self.transformer.blocks)
+        if config.window_frames is None:
+            return WanKVCache(num_blocks, max_tokens=total_frames and total_frames * per_frame)
+        return WanKVCache(
+            num_blocks, window_size=config.window_frames * per_frame, sink_size=config.sink_frames * per_frame
+        )
+
+    # diffusers' conventions.
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the last `__call__`, over all chunks."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # Inputs.
+
+    def check_inputs(
+        self, config: RolloutConfig, prompts: list[Prompt], switch_frames: list[int], given_frames: int
+    ) -> None:
+        """Raises `ValueError` for what cannot work with this pipeline's components."""
+        self._check_sizes(config, given_frames)
+        for prompt in prompts:
+            check_prompt(prompt)
+            text_dim = self.transformer.config.text_dim
+            if isinstance(prompt, torch.Tensor) and prompt.shape[2] != text_dim:
+                raise ValueError(f"embeddings have {prompt.shape[2]} channels; this transformer takes {text_dim}")
+        for frame in switch_frames:
+            if not isinstance(frame, int) or frame < 0:
+                raise ValueError(f"prompt_schedule has the key {frame!r}; keys are latent frames, 0 or more")
+        if config.output_type != "latent" and self.vae is None:
+            raise ValueError(f"output_type is {config.output_type!r} but this pipeline has no VAE; use 'latent'")
+
+    def _check_sizes(self, config: RolloutConfig, given_frames: int) -> None:
+        model = self.transformer.config
+        if model.in_channels != model.out_channels or model.patch_size[0] != 1:
+            raise ValueError(
+                f"this transformer takes {model.in_channels} and gives {model.out_channels} channels with patches of "
+                f"{model.patch_size[0]} frames; a causal text-to-video model has equal channels and 1-frame patches"
+            )
+        for name, size, patch in (
+            ("height", config.height, model.patch_size[1]),
+            ("width", config.width, model.patch_size[2]),
+        ):
+            multiple = self.vae_scale_factor_spatial * patch
+            if size % multiple:
+                nearest = max(size // multiple, 1) * multiple
+                raise ValueError(f"{name} is {size}; it must be divisible by {multiple}, such as {nearest}")
+        total = self.frame_grid(config).total_frames
+        if total is not None and total <= given_frames:
+            raise ValueError(
+                f"num_frames is {config.num_frames} ({total} latent frames) but {given_frames} latent frames are "
+                "given and count in it: nothing would be generated"
+            )
+        if total is not None and total > model.rope_max_seq_len:
+            longest = pixel_frames_of(model.rope_max_seq_len, self.vae_scale_factor_temporal)
+            raise ValueError(
+                f"num_frames is {config.num_frames} ({total} latent frames); absolute positions end at "
+                f"{model.rope_max_seq_len} latent frames, {longest} pixel frames"
+            )
+
+    def _check_tensors(
+        self,
+        config: RolloutConfig,
+        batch_size: int,
+        given_frames: int,
+        latents: torch.Tensor | None,
+        video_latents: torch.Tensor | None,
+        generator: Generators,
+    ) -> None:
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"got {len(generator)} generators for {batch_size} videos; pass one for each, or only one"
+            )
+        total = self.frame_grid(config).total_frames
+        for name, tensor, frames in (
+            ("latents", latents, None if total is None else total - given_frames),
+            ("video_latents", video_latents, given_frames),
+        ):
+            if tensor is None:
+                continue
+            size = self.latent_size(config.height, config.width)
+            expected = (batch_size, self.transformer.config.in_channels, frames, *size)
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this video needs {expected}")
+
+    def _check_callback_inputs(self, names: list[str]) -> None:
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {unknown}; allowed are {self._callback_tensor_inputs}"
+            )
+
+    def _count_given_frames(self, image: Any, video: Any, video_latents: torch.Tensor | None) -> int:
+        if video_latents is not None:
+            if video_latents.ndim != 5:
+                raise ValueError(
+                    f"video_latents has shape {tuple(video_latents.shape)}; it must be (batch, channels, frames, "
+                    "height, width)"
+                )
+            return video_latents.shape[2]
+        if video is not None:
+            return (count_video_frames(video) - 1) // self.vae_scale_factor_temporal + 1
+        return 0 if image is None else 1
+
+    def _pixel_size(self, height: int | None, width: int | None, *tensors: torch.Tensor | None) -> tuple[int, int]:
+        """Height and width, from latents if they are given and the sizes are not."""
+        for tensor in tensors:
+            if tensor is not None and tensor.ndim == 5:
+                height = height or tensor.shape[3] * self.vae_scale_factor_spatial
+                width = width or tensor.shape[4] * self.vae_scale_factor_spatial
+        return 480 if height is None else height, 832 if width is None else width
+
+    def _num_frames(self, num_frames: int | None, latents: torch.Tensor | None, given_frames: int) -> int | None:
+        """Pixel frames of the video, from the initial noise if that is given and the count is not."""
+        if num_frames is None and latents is not None:
+            return pixel_frames_of(given_frames + latents.shape[2], self.vae_scale_factor_temporal)
+        return num_frames
+
+    def _tokens_per_frame(self, config: RolloutConfig) -> int:
+        height, width = self.latent_size(config.height, config.width)
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        return (height // patch_height) * (width // patch_width)
+
+    # Loops.
+
+    def _stream(self, rollout: WanRollout) -> Iterator[WanVideoChunk]:
+        """The chunks of a rollout under a progress bar that counts denoising steps."""
+        total = rollout.grid.total_frames and rollout.num_generated_chunks * rollout.num_steps_per_chunk
+        with self.progress_bar(total=total) as progress_bar:
+            rollout.on_progress = progress_bar.update
+            try:
+                yield from rollout
+            finally:
+                rollout.on_progress = None
+                self.maybe_free_model_hooks()
+
+    @property
+    def _offloads_whole_models(self) -> bool:
+        """Whether model offload (not group or sequential offload) swaps components in and out."""
+        return bool(getattr(self, "_all_hooks", None))

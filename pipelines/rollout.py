@@ -1,0 +1,330 @@
+"""One video in the making: everything that lives as long as it does, and the steps that lengthen it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from wan_autoregressive.cache import WanKVCache
+from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents
+from wan_autoregressive.pipelines.frame_grid import FrameBlock, pixel_frames_of
+from wan_autoregressive.pipelines.latent_history import LatentHistory
+from wan_autoregressive.pipelines.outputs import WanVideoChunk
+from wan_autoregressive.pipelines.prompts import Prompt, PromptState
+from wan_autoregressive.pipelines.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.timings import StageTimings
+from wan_autoregressive.schedulers import SelfForcingScheduler
+from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
+
+if TYPE_CHECKING:
+    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+
+StepCallback = Callable[["WanRollout", FrameBlock, int, float, torch.Tensor], torch.Tensor]
+
+
+class WanRollout:
+    """A video that grows by one chunk per `step()`. Made by [`WanAutoregressivePipeline.rollout`].
+
+    It owns the KV caches, the state of the VAE decoder, the generators, the prompt and the last clean latents; the
+    pipeline's components are only used. Rollouts on one pipeline therefore never disturb each other, however they are
+    interleaved.
+
+    The pass that writes a chunk's clean keys and values runs at the start of the next step: a chunk is handed out
+    without waiting for it, and the last chunk never pays for it.
+    """
+
+    def __init__(
+        self,
+        pipe: "WanAutoregressivePipeline",
+        config: RolloutConfig,
+        scheduler: SelfForcingScheduler,
+        prompt: PromptState,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_schedule: dict[int, PromptState] | None = None,
+        generator: Generators = None,
+        latents: torch.Tensor | None = None,
+        video_latents: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        on_step_end: StepCallback | None = None,
+        seconds_before: dict[str, float] | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.config = config
+        self.prompt = prompt
+        self.negative_prompt_embeds = negative_prompt_embeds
+        self.generator = generator
+        self._prompt_schedule = dict(sorted((prompt_schedule or {}).items()))
+        self._next_prompt: PromptState | None = None
+        self._initial_noise = latents
+        self.given_latents = video_latents
+        self._attention_kwargs = attention_kwargs or {}
+        self._on_step_end = on_step_end
+        self._seconds_before = dict(seconds_before or {})
+        self.on_progress: Callable[[], Any] | None = None
+        """Called after every denoising step."""
+
+        self.batch_size = prompt.embeds.shape[0]
+        self.device = pipe._execution_device
+        self.grid = pipe.frame_grid(config, 0 if video_latents is None else video_latents.shape[2])
+        self.latent_height, self.latent_width = pipe.latent_size(config.height, config.width)
+        self.scheduler = scheduler
+        self._timesteps: list[float] = scheduler.timesteps.tolist()
+
+        self.cache = self._new_cache()
+        self.negative_cache = self._new_cache() if config.do_classifier_free_guidance else None
+        self.history = LatentHistory(config.window_frames)
+        self.vae_decoder = None if config.output_type == "latent" else StreamingVaeDecoder(pipe.vae)
+        self._lock = threading.Lock()
+        self._restart()
+
+    # What a caller does with it.
+
+    @torch.no_grad()
+    def step(self, prompt: Prompt | None = None) -> WanVideoChunk:
+        """Make the next chunk.
+
+        Args:
+            prompt (`str`, `list[str]` or `torch.Tensor`, *optional*): A new prompt (or embeddings) from this chunk on.
+
+        Raises:
+            RuntimeError: the video is complete, a step failed before, or another thread is in a step.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("another thread is in step() of this rollout; a rollout makes one chunk at a time")
+        try:
+            if self.done:
+                raise RuntimeError(f"the video is complete with {self.frames_done} latent frames; reset() starts anew")
+            if self._failed:
+                raise RuntimeError("a step of this rollout failed and left it half-written; reset() starts anew")
+            if prompt is not None:
+                self.set_prompt(prompt)
+            self._failed = True
+            chunk = self._make_chunk()
+            self._failed = False
+            return chunk
+        finally:
+            self._lock.release()
+
+    def __iter__(self) -> Iterator[WanVideoChunk]:
+        while not self.done:
+            yield self.step()
+
+    def set_prompt(self, prompt: Prompt) -> None:
+        """Use another prompt (or embeddings) from the next chunk on."""
+        started = time.perf_counter()
+        self._next_prompt = self.pipe.encode_for_rollout(prompt, self.batch_size, self.config.max_sequence_length)
+        self._seconds_before["text"] = self._seconds_before.get("text", 0.0) + time.perf_counter() - started
+
+    def replace_embeds(self, embeds: torch.Tensor, negative_embeds: torch.Tensor | None) -> None:
+        """Use other embeddings of the same prompt from the next forward on, without touching the cache."""
+        if embeds is not self.prompt.embeds:
+            self.prompt = PromptState(embeds, self.prompt.text)
+        self.negative_prompt_embeds = negative_embeds
+
+    def reset(self) -> None:
+        """Forget the video and start a new one with the current prompt; generators go on where they are."""
+        self.cache.reset()
+        if self.negative_cache is not None:
+            self.negative_cache.reset()
+        self.history.clear()
+        if self.vae_decoder is not None:
+            self.vae_decoder.reset()
+        self._prompt_schedule.clear()
+        self._restart()
+
+    def interrupt(self) -> None:
+        """Stop after the current denoising step. The chunk in the making is handed out as it is then."""
+        self.interrupted = True
+
+    @property
+    def done(self) -> bool:
+        """Whether the video has all its frames, or was interrupted."""
+        return self.interrupted or self.frames_done == self.grid.total_frames
+
+    @property
+    def num_generated_chunks(self) -> int:
+        """Chunks to generate, given ones not counted. Only for a video with an end."""
+        return sum(not block.given for block in self.grid)
+
+    @property
+    def num_steps_per_chunk(self) -> int:
+        return len(self._timesteps)
+
+    # One chunk.
+
+    def _make_chunk(self) -> WanVideoChunk:
+        block = self.grid.block(self.chunks_done, self.frames_done)
+        timings = StageTimings(self.device)
+        while self._seconds_before:
+            timings.add_seconds(*self._seconds_before.popitem())
+
+        # 1. Bring the past up to date: the last chunk's clean keys and values, or all of them for a new prompt
+        with timings.stage("clean_pass"):
+            self._enter_block(block)
+
+        # 2. Latents of this chunk
+        if block.given:
+            with timings.stage("encode"):
+                latents = self._write_given(block)
+        else:
+            with timings.stage("denoise"):
+                latents = self._denoise(block)
+        self._clean_pass_due = not block.given
+        self.history.append(latents)
+        self.chunks_done, self.frames_done = block.index + 1, block.stop
+
+        # 3. Pixels of this chunk
+        frames = None
+        if self.vae_decoder is not None:
+            with timings.stage("decode"):
+                frames = self._decode(latents, block)
+        return WanVideoChunk(
+            frames=frames,
+            latents=latents,
+            index=block.index,
+            start_frame=block.start,
+            start_pixel_frame=self._pixel_frames(block.start),
+            given=block.given,
+            prompt=self.prompt.text,
+            timings=timings,
+        )
+
+    def _enter_block(self, block: FrameBlock) -> None:
+        """Take over a prompt that is due and bring the caches up to date."""
+        scheduled = None
+        for frame in [frame for frame in self._prompt_schedule if frame <= block.start]:
+            scheduled = self._prompt_schedule.pop(frame)
+        next_prompt = self._next_prompt or scheduled
+        self._next_prompt = None
+        recache = next_prompt is not None and self.frames_done > 0 and self.config.switch_policy == "recache"
+
+        if self._clean_pass_due:
+            self._clean_pass(skip_prompt_branch=recache)
+        if next_prompt is not None:
+            self.prompt = next_prompt
+        if recache:
+            self._recache()
+
+    def _clean_pass(self, skip_prompt_branch: bool) -> None:
+        """Overwrite the newest chunk's keys and values with those of its clean latents."""
+        block_frames = self._newest_block_frames
+        latents = self.history.last(block_frames)
+        start = self.frames_done - block_frames
+        if not skip_prompt_branch:
+            self.cache.enable_overwrite_mode()
+            self._flow(latents, self.config.context_noise, start, self.cache, self.prompt.embeds)
+        if self.negative_cache is not None:
+            self.negative_cache.enable_overwrite_mode()
+            self._flow(latents, self.config.context_noise, start, self.negative_cache, self.negative_prompt_embeds)
+        self._clean_pass_due = False
+
+    def _recache(self) -> None:
+        """Rebuild the window's keys and values from clean latents under the current prompt, in one pass.
+
+        As LongLive does at a prompt switch (`pipeline/interactive_causal_inference.py`). The sink keeps the old
+        prompt's under `recache_sink="keep"`, unless the video is still within the window; frames that the kept sink
+        hides from attention are not computed.
+        """
+        window = self.config.window_frames or self.frames_done
+        keep_sink = self.config.recache_sink == "keep" and self.frames_done > window
+        num_frames = min(window, self.frames_done) - (self.config.sink_frames if keep_sink else 0)
+        self.cache.enable_rewrite_mode(keep_sink=keep_sink)
+        latents, start = self.history.last(num_frames), self.frames_done - num_frames
+        self._flow(latents, self.config.context_noise, start, self.cache, self.prompt.embeds)
+
+    def _write_given(self, block: FrameBlock) -> torch.Tensor:
+        """Write given latents to the caches at t = 0 and return them."""
+        assert self.given_latents is not None
+        latents = self.given_latents[:, :, block.start : block.stop]
+        for cache, embeds in self._branches():
+            cache.enable_append_mode()
+            self._flow(latents, 0.0, block.start, cache, embeds)
+        self._newest_block_frames = block.num_frames
+        return latents
+
+    def _denoise(self, block: FrameBlock) -> torch.Tensor:
+        """The few-step denoise of a chunk: `(batch, channels, frames, height, width)` clean latents."""
+        latents = self._noise(block)
+        for i, timestep in enumerate(self._timesteps):
+            flow = self._guided_flow(latents, timestep, block.start, first_step=i == 0)
+            latents = self.scheduler.step(flow, timestep, latents, generator=self.generator).prev_sample
+            if self._on_step_end is not None:
+                latents = self._on_step_end(self, block, self.steps_done, timestep, latents)
+            self.steps_done += 1
+            if self.on_progress is not None:
+                self.on_progress()
+            if self.interrupted:
+                break
+        self._newest_block_frames = block.num_frames
+        return latents
+
+    def _guided_flow(self, latents: torch.Tensor, timestep: float, start: int, first_step: bool) -> torch.Tensor:
+        flows = []
+        for cache, embeds in self._branches():
+            if first_step:
+                cache.enable_append_mode()
+            else:
+                cache.enable_overwrite_mode()
+            flows.append(self._flow(latents, timestep, start, cache, embeds))
+        if len(flows) == 1:
+            return flows[0]
+        flow, negative_flow = flows
+        return negative_flow + self.config.guidance_scale * (flow - negative_flow)
+
+    def _flow(
+        self, latents: torch.Tensor, timestep: float, start: int, cache: WanKVCache, embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        transformer = self.pipe.transformer
+        timesteps = torch.full((self.batch_size, latents.shape[2]), timestep, device=self.device, dtype=torch.float32)
+        return transformer(
+            hidden_states=latents.to(transformer.dtype),
+            timestep=timesteps,
+            encoder_hidden_states=embeds,
+            frame_offset=start,
+            attention_kwargs={**self._attention_kwargs, "kv_cache": cache},
+            return_dict=False,
+        )[0]
+
+    def _branches(self) -> list[tuple[WanKVCache, torch.Tensor | None]]:
+        branches: list[tuple[WanKVCache, torch.Tensor | None]] = [(self.cache, self.prompt.embeds)]
+        if self.negative_cache is not None:
+            branches.append((self.negative_cache, self.negative_prompt_embeds))
+        return branches
+
+    def _noise(self, block: FrameBlock) -> torch.Tensor:
+        if self._initial_noise is not None:
+            start = block.start - self.grid.given_frames
+            return self._initial_noise[:, :, start : start + block.num_frames]
+        channels = self.pipe.transformer.config.in_channels
+        shape = (self.batch_size, channels, block.num_frames, self.latent_height, self.latent_width)
+        return randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+
+    def _decode(self, latents: torch.Tensor, block: FrameBlock) -> Any:
+        assert self.vae_decoder is not None
+        vae = self.pipe.vae
+        video = self.vae_decoder.decode(denormalize_latents(vae, latents.to(vae.dtype)))
+        if self.config.num_frames is not None:
+            video = video[:, :, : self.config.num_frames - self._pixel_frames(block.start)]
+        return self.pipe.video_processor.postprocess_video(video, output_type=self.config.output_type)
+
+    def _pixel_frames(self, latent_frames: int) -> int:
+        return pixel_frames_of(latent_frames, self.pipe.vae_scale_factor_temporal) if latent_frames else 0
+
+    # State.
+
+    def _restart(self) -> None:
+        self.chunks_done = 0
+        self.frames_done = 0
+        """Latent frames that the video has."""
+        self.steps_done = 0
+        """Denoising steps over all chunks."""
+        self.interrupted = False
+        self._newest_block_frames = 0
+        self._clean_pass_due = False
+        self._failed = False
+
+    def _new_cache(self) -> WanKVCache:
+        return self.pipe.new_kv_cache(self.config, self.grid.total_frames)

@@ -1,0 +1,84 @@
+"""The settings of one rollout, checked before any model runs."""
+
+from dataclasses import dataclass
+
+OUTPUT_TYPES = ("np", "pil", "pt", "latent")
+SWITCH_POLICIES = ("recache", "cross_attention")
+RECACHE_SINKS = ("keep", "refresh")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Settings that hold for a whole video.
+
+    `num_frames`, `height` and `width` are pixels and pixel frames; everything else that counts frames counts latent
+    frames. `window_frames` includes the sink and the chunk that is being denoised.
+
+    Raises:
+        ValueError: a value outside its range, or values that cannot work together.
+    """
+
+    height: int
+    width: int
+    num_frames: int | None = None
+    chunk_frames: int = 3
+    first_chunk_frames: int | None = None
+    window_frames: int | None = None
+    sink_frames: int = 0
+    context_noise: float = 0.0
+    guidance_scale: float = 1.0
+    num_inference_steps: int | None = None
+    denoising_steps: tuple[float, ...] | None = None
+    switch_policy: str = "recache"
+    recache_sink: str = "keep"
+    max_sequence_length: int = 512
+    output_type: str = "np"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "height",
+            "width",
+            "chunk_frames",
+            "num_frames",
+            "first_chunk_frames",
+            "window_frames",
+            "max_sequence_length",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not isinstance(self.sink_frames, int) or self.sink_frames < 0:
+            raise ValueError(f"sink_frames is {self.sink_frames!r}; it must be a whole number, 0 for no sink")
+        if not 0 <= self.context_noise <= 1000:
+            raise ValueError(f"context_noise is {self.context_noise}; it is a timestep, 0 (clean) to 1000")
+        for name, allowed in (
+            ("output_type", OUTPUT_TYPES),
+            ("switch_policy", SWITCH_POLICIES),
+            ("recache_sink", RECACHE_SINKS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+        self._check_window()
+
+    @property
+    def largest_chunk_frames(self) -> int:
+        return max(self.chunk_frames, self.first_chunk_frames or 0)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    def _check_window(self) -> None:
+        if self.window_frames is None:
+            if self.sink_frames:
+                raise ValueError(
+                    f"sink_frames is {self.sink_frames} but window_frames is not set: nothing is ever evicted, so a "
+                    "sink has no effect. Set window_frames or leave the sink out"
+                )
+            return
+        needed = self.sink_frames + self.largest_chunk_frames
+        if self.window_frames < needed:
+            raise ValueError(
+                f"window_frames is {self.window_frames}, which does not hold a sink of {self.sink_frames} and a chunk "
+                f"of {self.largest_chunk_frames} latent frames; it must be at least {needed}"
+            )

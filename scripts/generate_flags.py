@@ -1,0 +1,70 @@
+"""The flags of `wan-ar generate`, made from the fields of `GenerateConfig`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from wan_autoregressive.configs import GenerateConfig, load_preset, preset_names, resolve_config
+
+# Flags with a shorter name than their field has in Python, and what they take where the type does not say it.
+_SHORT_FLAGS = {"denoising_steps": "--steps"}
+_METAVARS = {"denoising_steps": "N|T,T,…", "device": "NAME"}
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--config` and a flag per field; a flag that is not given leaves no trace in the parsed arguments."""
+    parser.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help=f"settings to start from: {', '.join(preset_names())}, or a yaml file; flags come on top",
+    )
+    for name, field in GenerateConfig.model_fields.items():
+        flags = [f"--{name.replace('_', '-')}"]
+        if name in _SHORT_FLAGS:
+            flags.insert(0, _SHORT_FLAGS[name])
+        kinds = _kinds(field.annotation)
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
+        if bool in kinds:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            # The words go to pydantic as they are: one place that converts, one wording of what is wrong.
+            options["metavar"] = _METAVARS.get(name) or _metavar(kinds)
+        parser.add_argument(*flags, **options)
+
+
+def config_from_args(args: argparse.Namespace) -> GenerateConfig:
+    """Resolve defaults < yaml < flags.
+
+    Raises:
+        ValueError: in one line, what is unknown, missing or out of range.
+    """
+    flags = {name: value for name, value in vars(args).items() if name in GenerateConfig.model_fields}
+    return resolve_config(load_preset(args.config) if args.config is not None else {}, flags)
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The types that an annotation allows, through unions, tuples and Annotated."""
+    parts = get_args(annotation)
+    if not parts:
+        return {annotation} if isinstance(annotation, type) else set()
+    return set().union(*(_kinds(part) for part in parts))
+
+
+def _metavar(kinds: set[type]) -> str:
+    names = ((Path, "PATH"), (int, "N"), (float, "X"), (str, "TEXT"))
+    return next((name for kind, name in names if kind in kinds), "NAME")
+
+
+def _help(field: FieldInfo) -> str:
+    text = (field.description or "").replace("%", "%%")
+    if field.default is None or field.default is False or field.is_required():
+        return text
+    return (
+        f"{text} (default: {field.default:g})"
+        if isinstance(field.default, float)
+        else f"{text} (default: {field.default})"
+    )

@@ -1,0 +1,174 @@
+"""From a checkpoint folder to a pipeline that is ready to render; every way this can fail is one line."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from wan_autoregressive.configs import GenerateConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# Component -> what its class must be called in model_index.json; None where several do.
+_COMPONENTS = {
+    "tokenizer": None,
+    "text_encoder": None,
+    "transformer": ("WanTransformer3DModel", "CausalWanTransformer3DModel"),
+    "vae": ("AutoencoderKLWan",),
+    "scheduler": None,
+}
+_VOCABULARIES = ("tokenizer.json", "spiece.model")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check, without loading anything, that `folder` is a Wan checkpoint in diffusers layout with whole files.
+
+    Raises:
+        ValueError: what is missing, foreign or damaged.
+    """
+    if not folder.is_dir():
+        state = "is a file; `wan-ar convert` makes a folder of it" if folder.exists() else "does not exist"
+        raise ValueError(f"the model folder '{folder}' {state}")
+    index = _read_index(folder)
+    for name, allowed in _COMPONENTS.items():
+        entry = index.get(name)
+        kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if kind is None or (allowed is not None and kind not in allowed):
+            raise ValueError(
+                f"'{folder}' is a checkpoint of another model ({index.get('_class_name', 'no class named')}): "
+                f"its {name} is {kind or 'missing'}" + (f", a Wan model has {allowed[0]}" if allowed else "")
+            )
+        if not (folder / name).is_dir():
+            raise ValueError(f"the model folder '{folder}' is incomplete: there is no folder '{name}' in it")
+    # Without its vocabulary a tokenizer still loads, and then gives the same few tokens for every prompt.
+    if not any((folder / "tokenizer" / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(
+            f"the model folder '{folder}' is incomplete: 'tokenizer' holds neither {' nor '.join(_VOCABULARIES)}"
+        )
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            # Opening compares the header with the size of the file and reads no weights.
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"the weights in '{path}' are damaged or cut off: {error}") from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"'{folder}' is not a checkpoint folder: it has no model_index.json") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read '{path}': {error}") from error
+    if not isinstance(index, dict):
+        raise ValueError(f"cannot read '{path}': it must hold a JSON object")
+    return index
+
+
+def load_pipeline(config: GenerateConfig) -> Any:
+    """Load the checkpoint that `config` names onto its device and apply its scheduler settings.
+
+    Raises:
+        ValueError: the device is not there or the checkpoint does not load.
+        RuntimeError: out of memory.
+    """
+    device = _pick_device(config.device)
+    dtype = _pick_dtype(config.dtype, device)
+    with _quiet_libraries():
+        pipe = _load(config.model, dtype)
+        pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    overrides = {name: getattr(config, name) for name in ("shift", "warp") if getattr(config, name) is not None}
+    if config.denoising_steps is not None:
+        overrides["denoising_steps"] = config.denoising_steps
+    if overrides:
+        from wan_autoregressive.schedulers import SelfForcingScheduler
+
+        pipe.scheduler = SelfForcingScheduler.from_config(pipe.scheduler.config, **overrides)
+    if config.vae_tiling:
+        pipe.vae.enable_tiling()
+    return pipe
+
+
+def with_model_defaults(config: GenerateConfig, pipe: Any) -> GenerateConfig:
+    """Fill in the sampler settings that were left to the model, so that a report says what was used."""
+    scheduler = pipe.scheduler.config
+    return config.model_copy(
+        update={
+            "denoising_steps": tuple(float(step) for step in scheduler.denoising_steps),
+            "shift": float(scheduler.shift),
+            "warp": bool(scheduler.warp),
+        }
+    )
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    import torch
+
+    from wan_autoregressive import WanAutoregressivePipeline
+
+    try:
+        return WanAutoregressivePipeline.from_pretrained(str(folder), dtype=dtype)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise RuntimeError(f"there is not enough memory to load '{folder}': {error}") from error
+    # A damaged folder fails in as many ways as there are loaders in it (pickle, JSON, safetensors, sentencepiece).
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot load the model '{folder}': {reason}") from error
+
+
+def _pick_device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cpu":
+        return device
+    module = getattr(torch, device.type)
+    count = module.device_count() if module.is_available() else 0
+    if (device.index or 0) >= count:
+        raise ValueError(f"device '{name}' is not there: torch {torch.__version__} sees {count} of that kind")
+    return device
+
+
+def _pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own bars and reports off stderr while loading; what matters comes as an exception."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level, bar in zip(libraries, levels, bars, strict=True):
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()

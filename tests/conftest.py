@@ -1,0 +1,26 @@
+"""Fixtures: a complete small random checkpoint, and a fresh pipeline on it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """Folder with tokenizer, text encoder, transformer, VAE and scheduler, under 2 MB."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    make_tiny_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint) -> WanAutoregressivePipeline:
+    pipe = WanAutoregressivePipeline.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,289 @@
+"""Rollouts: stream == call, interleaved == alone, chunk by chunk == whole, and what a step may not do."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from wan_autoregressive import WanKVCache
+from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
+
+SIZE = {"height": 32, "width": 32}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def frames_of(chunks) -> np.ndarray:
+    return np.concatenate([chunk.frames for chunk in chunks], axis=1)
+
+
+@pytest.fixture
+def count_forwards(monkeypatch):
+    """Forwards of the transformer as (frame_offset, frames, timestep, mode)."""
+    calls = []
+    forward = CausalWanTransformer3DModel.forward
+
+    def counting(self, hidden_states, timestep, *args, **kwargs):
+        mode = kwargs["attention_kwargs"]["kv_cache"]._mode
+        calls.append((kwargs["frame_offset"], hidden_states.shape[2], float(timestep[0, 0]), mode))
+        return forward(self, hidden_states, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(CausalWanTransformer3DModel, "forward", counting)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_frames": 17},
+        {"num_frames": 18, "chunk_frames": 2, "first_chunk_frames": 1},
+        {"num_frames": 29, "window_frames": 5, "sink_frames": 2},
+        {"num_frames": 13, "guidance_scale": 3.0, "negative_prompt": "gray"},
+        {"num_frames": 1},
+    ],
+)
+def test_stream_equals_call(pipe, options):
+    arguments = {"prompt": "a red circle", **SIZE, **options}
+    whole = pipe(**arguments, generator=generator()).frames
+    chunks = list(pipe.stream(**arguments, generator=generator()))
+    assert whole.shape == (1, options["num_frames"], 32, 32, 3)
+    assert np.array_equal(frames_of(chunks), whole)
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+    assert [chunk.start_frame for chunk in chunks] == [
+        0,
+        *itertools.accumulate(chunk.latents.shape[2] for chunk in chunks[:-1]),
+    ]
+    assert [chunk.start_pixel_frame for chunk in chunks] == [
+        0,
+        *itertools.accumulate(chunk.frames.shape[1] for chunk in chunks[:-1]),
+    ]
+
+
+def test_frames_equal_one_decode_of_all_latents(pipe):
+    arguments = {"prompt": "a red circle", **SIZE, "num_frames": 17}
+    latents = pipe(**arguments, generator=generator(), output_type="latent").frames
+    frames = pipe(**arguments, generator=generator(), output_type="np").frames
+    assert np.array_equal(pipe.decode_latents(latents, "np"), frames)
+
+
+def test_interleaved_rollouts_equal_each_alone(pipe):
+    options = [
+        {"prompt": "a red circle", **SIZE, "num_frames": 25, "window_frames": 6},
+        {"prompt": ["one", "two"], "height": 16, "width": 32, "num_frames": 21, "guidance_scale": 2.0},
+        {"prompt": "a blue cross", **SIZE, "num_frames": 25, "window_frames": 6},
+    ]
+    alone = [list(pipe.stream(**o, generator=generator(i))) for i, o in enumerate(options)]
+    together = itertools.zip_longest(*(pipe.stream(**o, generator=generator(i)) for i, o in enumerate(options)))
+    for i, chunks in enumerate(zip(*together, strict=True)):
+        chunks = [chunk for chunk in chunks if chunk is not None]
+        assert len(chunks) == len(alone[i])
+        for chunk, expected in zip(chunks, alone[i], strict=True):
+            assert torch.equal(chunk.latents, expected.latents)
+            assert np.array_equal(chunk.frames, expected.frames)
+
+
+def test_noise_is_drawn_per_chunk_and_step(pipe):
+    """The documented order: the same draws by hand, given as `latents` and through the generator, agree."""
+    draws = generator(7)
+    initial, channels = [], pipe.transformer.config.in_channels
+    for _ in range(2):  # chunks
+        initial.append(torch.randn(1, channels, 3, 4, 4, generator=draws))
+        for _ in range(3):  # re-noise
+            torch.randn(1, channels, 3, 4, 4, generator=draws)
+    rollout = pipe.rollout("a red circle", **SIZE, num_frames=21, generator=generator(7), output_type="latent")
+    for expected in initial:
+        block = rollout.grid.block(rollout.chunks_done, rollout.frames_done)
+        state = rollout.generator.get_state()
+        assert torch.equal(rollout._noise(block), expected)
+        rollout.generator.set_state(state)
+        rollout.step()
+
+
+def test_generator_lists_make_videos_independent_of_their_batch(pipe):
+    prompts = ["a red circle", "a blue cross"]
+    both = pipe(prompts, **SIZE, num_frames=21, generator=[generator(1), generator(2)], output_type="latent").frames
+    for i, seed in enumerate((1, 2)):
+        alone = pipe(prompts[i], **SIZE, num_frames=21, generator=[generator(seed)], output_type="latent").frames
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_forwards_of_a_chunk(pipe, count_forwards):
+    pipe("x", **SIZE, num_frames=25, chunk_frames=3, output_type="latent", context_noise=7)
+    timesteps = pipe.scheduler.timesteps.tolist()
+    expected = []
+    for start, frames in ((0, 3), (3, 3), (6, 1)):
+        expected += [(start, frames, t, "append" if i == 0 else "overwrite") for i, t in enumerate(timesteps)]
+        expected.append((start, frames, 7.0, "overwrite"))
+    # Nothing follows the last chunk, so its clean pass is not made.
+    assert count_forwards == expected[:-1]
+
+
+def test_the_plan_counts_what_is_done(pipe, count_forwards):
+    for options in (
+        {"num_frames": 25},
+        {"num_frames": 25, "guidance_scale": 2.0},
+        {"num_frames": 30, "window_frames": 4, "sink_frames": 1},
+    ):
+        count_forwards.clear()
+        plan = pipe.plan(**SIZE, **options)
+        rollout = pipe.rollout("x", **SIZE, **options, generator=generator())
+        chunks = list(rollout)
+        caches = [rollout.cache] + ([rollout.negative_cache] if rollout.negative_cache else [])
+        assert plan.chunks == len(chunks)
+        assert plan.latent_frames == rollout.frames_done
+        assert plan.forwards == len(count_forwards)
+        assert plan.kv_cache_bytes == sum(cache.allocated_bytes for cache in caches)
+        assert plan.vae_state_bytes == rollout.vae_decoder.state_bytes
+
+
+def test_without_end_memory_is_flat(pipe):
+    rollout = pipe.rollout("x", **SIZE, window_frames=4, sink_frames=1, chunk_frames=1, num_inference_steps=1)
+    held = []
+    for _ in range(40):
+        rollout.step()
+        held.append((rollout.cache.allocated_bytes, rollout.vae_decoder.state_bytes, rollout.history.nbytes))
+    assert not rollout.done
+    assert set(held[5:]) == {held[-1]}
+
+
+def test_reset_makes_the_same_video_again(pipe):
+    rollout = pipe.rollout("a red circle", **SIZE, num_frames=21, window_frames=4, generator=generator(3))
+    first = list(rollout)
+    assert rollout.done
+    with pytest.raises(RuntimeError, match="the video is complete with 6 latent frames"):
+        rollout.step()
+    rollout.reset()
+    rollout.generator.manual_seed(3)
+    for chunk, expected in zip(rollout, first, strict=True):
+        assert np.array_equal(chunk.frames, expected.frames)
+
+
+def test_reset_keeps_the_current_prompt(pipe):
+    rollout = pipe.rollout("a red circle", **SIZE, num_frames=21, generator=generator(3))
+    rollout.step()
+    assert rollout.step(prompt="a blue cross").prompt == ["a blue cross"]
+    rollout.reset()
+    rollout.generator.manual_seed(3)
+    again = list(rollout)
+    expected = list(pipe.stream("a blue cross", **SIZE, num_frames=21, generator=generator(3)))
+    for chunk, other in zip(again, expected, strict=True):
+        assert torch.equal(chunk.latents, other.latents)
+
+
+@pytest.mark.parametrize("policy", ["recache", "cross_attention"])
+def test_a_prompt_switch_leaves_earlier_chunks_alone(pipe, policy):
+    arguments = {**SIZE, "num_frames": 41, "window_frames": 6, "sink_frames": 1, "switch_policy": policy}
+    plain = list(pipe.stream("a red circle", **arguments, generator=generator()))
+    switched = list(
+        pipe.stream("a red circle", **arguments, prompt_schedule={4: "a blue cross"}, generator=generator())
+    )
+    by_hand = pipe.rollout("a red circle", **arguments, generator=generator())
+    stepped = [by_hand.step(prompt="a blue cross" if i == 2 else None) for i in range(4)]
+    for i in range(4):
+        # The switch at frame 4 takes effect at the next boundary, frame 6, chunk 2.
+        assert torch.equal(switched[i].latents, plain[i].latents) == (i < 2)
+        assert torch.equal(switched[i].latents, stepped[i].latents)
+        assert switched[i].prompt == (["a red circle"] if i < 2 else ["a blue cross"])
+
+
+def test_recache_equals_a_cache_that_always_had_the_new_prompt(pipe):
+    """After a re-cache in one pass, K/V of the window are those of the new prompt and nothing of the old one."""
+    arguments = {**SIZE, "num_frames": 45, "window_frames": 6, "output_type": "latent"}
+    switched = pipe.rollout("a red circle", **arguments, generator=generator())
+    for _ in range(3):
+        switched.step()
+    latents = switched.history.last(6)
+    switched.step(prompt="a blue cross")
+
+    blue = pipe.encode_for_rollout("a blue cross", 1).embeds
+    cache = WanKVCache(len(pipe.transformer.blocks))
+    with torch.no_grad():
+        pipe.transformer(
+            latents,
+            torch.zeros(1, 6),
+            blue,
+            frame_offset=3,
+            attention_kwargs={"kv_cache": cache},
+        )
+    expected, got = cache.block_caches[-1].cached_key, switched.cache.block_caches[-1].cached_key
+    tokens = expected.shape[1] // 6
+    torch.testing.assert_close(got[:, : 3 * tokens], expected[:, 3 * tokens :], rtol=0, atol=1e-5)
+
+
+def test_given_latents_come_first(pipe, count_forwards):
+    given = torch.randn(1, 16, 4, 4, 4, generator=generator(5))
+    chunks = list(pipe.stream("x", **SIZE, num_frames=33, video_latents=given, generator=generator()))
+    assert [(chunk.start_frame, chunk.latents.shape[2], chunk.given) for chunk in chunks] == [
+        (0, 3, True),
+        (3, 1, True),
+        (4, 2, False),
+        (6, 3, False),
+    ]
+    assert torch.equal(torch.cat([chunk.latents for chunk in chunks if chunk.given], dim=2), given)
+    assert count_forwards[:2] == [(0, 3, 0.0, "append"), (3, 1, 0.0, "append")]
+    assert frames_of(chunks).shape[1] == 33
+
+
+def test_starts_from_an_image_and_from_a_clip(pipe):
+    clip = np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8)
+    from_image = list(
+        pipe.stream("x", **SIZE, num_frames=17, image=clip[0], first_chunk_frames=1, generator=generator())
+    )
+    assert [chunk.given for chunk in from_image] == [True, False, False]
+    from_clip = list(pipe.stream("x", **SIZE, num_frames=25, video=clip, generator=generator()))
+    assert sum(chunk.latents.shape[2] for chunk in from_clip if chunk.given) == 3  # 9 of 10 frames, 1 + 4 + 4
+    encoded = pipe.encode_video(clip[:9], 32, 32)
+    assert torch.equal(from_clip[0].latents, encoded)
+    batch = pipe.encode_video(np.stack([clip, clip[::-1]]), 32, 32, batch_size=2)
+    torch.testing.assert_close(batch[:1], encoded, rtol=0, atol=1e-5)
+
+
+def test_a_step_that_fails_says_so_and_stays_failed(pipe, monkeypatch):
+    rollout = pipe.rollout("x", **SIZE, num_frames=21)
+    rollout.step()
+    monkeypatch.setattr(rollout.scheduler, "step", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rollout.step()
+    with pytest.raises(RuntimeError, match="a step of this rollout failed"):
+        rollout.step()
+    monkeypatch.undo()
+    rollout.reset()
+    assert len(list(rollout)) == 2
+
+
+def test_two_threads_in_one_rollout_are_refused(pipe):
+    entered, release = threading.Event(), threading.Event()
+
+    def wait(rollout, block, step, timestep, latents):
+        entered.set()
+        release.wait(10)
+        return latents
+
+    rollout = pipe.rollout("x", **SIZE, num_frames=9, on_step_end=wait)
+    thread = threading.Thread(target=rollout.step)
+    thread.start()
+    entered.wait(10)
+    try:
+        with pytest.raises(RuntimeError, match="another thread"):
+            rollout.step()
+    finally:
+        release.set()
+        thread.join()
+    assert rollout.done
+
+
+def test_timings_and_progress(pipe):
+    rollout = pipe.rollout("x", **SIZE, num_frames=21)
+    steps = []
+    rollout.on_progress = lambda: steps.append(1)
+    first, second = rollout.step(), rollout.step()
+    assert len(steps) == 8
+    assert first.timings.text_s > 0
+    assert first.timings.clean_pass_s < first.timings.denoise_s
+    assert min(second.timings.clean_pass_s, second.timings.denoise_s, second.timings.decode_s) > 0
+    assert second.timings.text_s == second.timings.encode_s == 0
+    assert set(second.timings.as_dict()) == {"text_s", "encode_s", "denoise_s", "clean_pass_s", "decode_s"}
