@@ -179,7 +179,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     _skip_keys = ["kv_cache", "attention_kwargs"]  # noqa: RUF012
 
     # diffusers reads the config's keys off this signature.
-    @functools.wraps(WanTransformer3DModel.__init__)
+    @functools.wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _make_causal(self)
@@ -189,7 +189,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Turn a loaded `WanTransformer3DModel` into a causal one in place: no parameter, LoRA or hook is touched."""
         transformer.__class__ = cls
         _make_causal(transformer)
-        return transformer  # type: ignore[return-value]
+        return transformer
 
     def set_sinusoid_dtype(self, dtype: torch.dtype) -> None:
         """Precision of the sinusoidal timestep embedding: float32 as diffusers (default), float64 as the original."""

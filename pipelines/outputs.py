@@ -33,17 +33,3 @@ class WanVideoChunk:
     given: bool
     prompt: list[str] | None
     timings: StageTimings
-
-
-@dataclass(frozen=True)
-class RolloutPlan:
-    """What a rollout will take, known before anything runs.
-
-    `kv_cache_bytes` is `None` for a video without end and without a window, whose cache grows.
-    """
-
-    chunks: int | None
-    latent_frames: int | None
-    forwards: int | None
-    kv_cache_bytes: int | None
-    vae_state_bytes: int | None

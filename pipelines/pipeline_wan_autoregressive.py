@@ -21,11 +21,11 @@ from wan_autoregressive.models.streaming_vae import (
     StreamingVaeEncoder,
     denormalize_latents,
     normalize_latents,
-    vae_state_bytes,
 )
 from wan_autoregressive.pipelines.checkpoint_index import STOCK_CLASSES, swap_component_classes
 from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of, pixel_frames_of
-from wan_autoregressive.pipelines.outputs import RolloutPlan, WanVideoChunk
+from wan_autoregressive.pipelines.input_checks import check_prompts, check_sizes, check_tensors
+from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.prompts import (
     Prompt,
     PromptState,
@@ -36,6 +36,7 @@ from wan_autoregressive.pipelines.prompts import (
 )
 from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
 from wan_autoregressive.pipelines.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.rollout_plan import RolloutPlan, plan_rollout
 from wan_autoregressive.pipelines.step_callback import StepEndFunction, VideoStepCallback
 from wan_autoregressive.pipelines.video_frames import as_unit_floats, count_video_frames, cut_frames, join_frames
 from wan_autoregressive.schedulers import SelfForcingScheduler
@@ -309,8 +310,6 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         # 1. Check inputs
         check_one_of(image=image, video=video, video_latents=video_latents)
         schedule = dict(prompt_schedule or {})
-        if prompt is None and prompt_embeds is None:
-            prompt = schedule.pop(0, None)
         given_frames = self._count_given_frames(image, video, video_latents)
         height, width = self._pixel_size(height, width, latents, video_latents)
         config = RolloutConfig(
@@ -330,12 +329,15 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             max_sequence_length=max_sequence_length,
             output_type=output_type,
         )
-        first_prompt = check_one_of(required=True, prompt=prompt, prompt_embeds=prompt_embeds)
+        first_prompt = check_one_of(prompt=prompt, prompt_embeds=prompt_embeds)
+        if first_prompt is None:
+            first_prompt = check_one_of(required=True, prompt=schedule.pop(0, None), prompt_embeds=None)
         negative = check_one_of(negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds)
-        self.check_inputs(config, [first_prompt, negative or "", *schedule.values()], list(schedule), given_frames)
+        check_sizes(self, config, given_frames)
+        check_prompts(self, config, [first_prompt, negative or "", *schedule.values()], list(schedule))
         batch_size = prompt_count(first_prompt) * num_videos_per_prompt
         scheduler = self.chunk_scheduler(config)
-        self._check_tensors(config, batch_size, given_frames, latents, video_latents, generator)
+        check_tensors(self, config, batch_size, given_frames, latents, video_latents, generator)
 
         # 2. Encode prompts
         started = time.perf_counter()
@@ -376,26 +378,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             batch_size (`int`, defaults to 1): Videos made together.
             kwargs: Settings of a [`RolloutConfig`]; `height` and `width` are needed.
         """
-        config = RolloutConfig(**kwargs)
-        self._check_sizes(config, given_frames)
-        scheduler = self.chunk_scheduler(config)
-        grid = self.frame_grid(config, given_frames)
-        branches = 2 if config.do_classifier_free_guidance else 1
-        chunks = forwards = cache_bytes = None
-        if grid.total_frames is not None:
-            blocks = list(grid)
-            generated = sum(not block.given for block in blocks)
-            chunks = len(blocks)
-            clean_passes = generated - 1
-            forwards = branches * (len(blocks) - generated + generated * scheduler.num_inference_steps + clean_passes)
-        cached_frames = config.window_frames or grid.total_frames
-        if cached_frames is not None:
-            tokens = cached_frames * self._tokens_per_frame(config)
-            cache_bytes = branches * self.transformer.kv_cache_bytes(tokens, batch_size)
-        vae_bytes = None
-        if self.vae is not None:
-            vae_bytes = vae_state_bytes(self.vae, batch_size, config.height, config.width, self.vae.dtype)
-        return RolloutPlan(chunks, grid.total_frames, forwards, cache_bytes, vae_bytes)
+        return plan_rollout(self, RolloutConfig(**kwargs), given_frames, batch_size)
 
     # What a rollout asks of its pipeline.
 
@@ -450,6 +433,12 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Height and width of the latents of a video of `height` x `width` pixels."""
         return height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial
 
+    def tokens_per_frame(self, config: RolloutConfig) -> int:
+        """Tokens of one latent frame after patching."""
+        height, width = self.latent_size(config.height, config.width)
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        return (height // patch_height) * (width // patch_width)
+
     def chunk_scheduler(self, config: RolloutConfig) -> SelfForcingScheduler:
         """The scheduler of one rollout, with its step list; the pipeline's own is never changed."""
         scheduler = SelfForcingScheduler.from_config(self.scheduler.config)
@@ -458,7 +447,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def new_kv_cache(self, config: RolloutConfig, total_frames: int | None) -> WanKVCache:
         """An empty cache for one video (one branch of guidance)."""
-        per_frame = self._tokens_per_frame(config)
+        per_frame = self.tokens_per_frame(config)
         num_blocks = len(self.transformer.blocks)
         if config.window_frames is None:
             return WanKVCache(num_blocks, max_tokens=total_frames and total_frames * per_frame)
@@ -486,75 +475,6 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return self._interrupt
 
     # Inputs.
-
-    def check_inputs(
-        self, config: RolloutConfig, prompts: list[Prompt], switch_frames: list[int], given_frames: int
-    ) -> None:
-        """Raises `ValueError` for what cannot work with this pipeline's components."""
-        self._check_sizes(config, given_frames)
-        for prompt in prompts:
-            check_prompt(prompt)
-            text_dim = self.transformer.config.text_dim
-            if isinstance(prompt, torch.Tensor) and prompt.shape[2] != text_dim:
-                raise ValueError(f"embeddings have {prompt.shape[2]} channels; this transformer takes {text_dim}")
-        for frame in switch_frames:
-            if not isinstance(frame, int) or frame < 0:
-                raise ValueError(f"prompt_schedule has the key {frame!r}; keys are latent frames, 0 or more")
-        if config.output_type != "latent" and self.vae is None:
-            raise ValueError(f"output_type is {config.output_type!r} but this pipeline has no VAE; use 'latent'")
-
-    def _check_sizes(self, config: RolloutConfig, given_frames: int) -> None:
-        model = self.transformer.config
-        if model.in_channels != model.out_channels or model.patch_size[0] != 1:
-            raise ValueError(
-                f"this transformer takes {model.in_channels} and gives {model.out_channels} channels with patches of "
-                f"{model.patch_size[0]} frames; a causal text-to-video model has equal channels and 1-frame patches"
-            )
-        for name, size, patch in (
-            ("height", config.height, model.patch_size[1]),
-            ("width", config.width, model.patch_size[2]),
-        ):
-            multiple = self.vae_scale_factor_spatial * patch
-            if size % multiple:
-                nearest = max(size // multiple, 1) * multiple
-                raise ValueError(f"{name} is {size}; it must be divisible by {multiple}, such as {nearest}")
-        total = self.frame_grid(config).total_frames
-        if total is not None and total <= given_frames:
-            raise ValueError(
-                f"num_frames is {config.num_frames} ({total} latent frames) but {given_frames} latent frames are "
-                "given and count in it: nothing would be generated"
-            )
-        if total is not None and total > model.rope_max_seq_len:
-            longest = pixel_frames_of(model.rope_max_seq_len, self.vae_scale_factor_temporal)
-            raise ValueError(
-                f"num_frames is {config.num_frames} ({total} latent frames); absolute positions end at "
-                f"{model.rope_max_seq_len} latent frames, {longest} pixel frames"
-            )
-
-    def _check_tensors(
-        self,
-        config: RolloutConfig,
-        batch_size: int,
-        given_frames: int,
-        latents: torch.Tensor | None,
-        video_latents: torch.Tensor | None,
-        generator: Generators,
-    ) -> None:
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"got {len(generator)} generators for {batch_size} videos; pass one for each, or only one"
-            )
-        total = self.frame_grid(config).total_frames
-        for name, tensor, frames in (
-            ("latents", latents, None if total is None else total - given_frames),
-            ("video_latents", video_latents, given_frames),
-        ):
-            if tensor is None:
-                continue
-            size = self.latent_size(config.height, config.width)
-            expected = (batch_size, self.transformer.config.in_channels, frames, *size)
-            if tuple(tensor.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this video needs {expected}")
 
     def _check_callback_inputs(self, names: list[str]) -> None:
         unknown = [name for name in names if name not in self._callback_tensor_inputs]
@@ -588,11 +508,6 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if num_frames is None and latents is not None:
             return pixel_frames_of(given_frames + latents.shape[2], self.vae_scale_factor_temporal)
         return num_frames
-
-    def _tokens_per_frame(self, config: RolloutConfig) -> int:
-        height, width = self.latent_size(config.height, config.width)
-        _, patch_height, patch_width = self.transformer.config.patch_size
-        return (height // patch_height) * (width // patch_width)
 
     # Loops.
 

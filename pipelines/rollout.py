@@ -36,6 +36,16 @@ class WanRollout:
     without waiting for it, and the last chunk never pays for it.
     """
 
+    chunks_done: int
+    frames_done: int
+    """Latent frames that the video has."""
+    steps_done: int
+    """Denoising steps over all chunks."""
+    interrupted: bool
+    _newest_block_frames: int
+    _clean_pass_due: bool
+    _failed: bool
+
     def __init__(
         self,
         pipe: "WanAutoregressivePipeline",
@@ -318,9 +328,7 @@ class WanRollout:
     def _restart(self) -> None:
         self.chunks_done = 0
         self.frames_done = 0
-        """Latent frames that the video has."""
         self.steps_done = 0
-        """Denoising steps over all chunks."""
         self.interrupted = False
         self._newest_block_frames = 0
         self._clean_pass_due = False

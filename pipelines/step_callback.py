@@ -55,6 +55,7 @@ class VideoStepCallback:
     @staticmethod
     def _video_buffer(rollout: "WanRollout", chunk_latents: torch.Tensor) -> torch.Tensor:
         batch, channels, _, height, width = chunk_latents.shape
+        assert rollout.grid.total_frames is not None, "a callback sees the whole video, so it must have an end"
         latents = chunk_latents.new_zeros(batch, channels, rollout.grid.total_frames, height, width)
         if rollout.given_latents is not None:
             latents[:, :, : rollout.grid.given_frames] = rollout.given_latents

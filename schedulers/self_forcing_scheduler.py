@@ -116,7 +116,7 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         generator: Generators = None,
         return_dict: bool = True,
-    ) -> SelfForcingSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> SelfForcingSchedulerOutput | Any:
         """One denoising step: `x0 = sample - sigma * flow`, then noise for the next step unless it is the last.
 
         Args:

@@ -1,0 +1,84 @@
+"""Whether what was asked for can work with a pipeline's components; all before any model runs."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from wan_autoregressive.pipelines.frame_grid import pixel_frames_of
+from wan_autoregressive.pipelines.prompts import Prompt, check_prompt
+from wan_autoregressive.pipelines.rollout_config import RolloutConfig
+from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
+
+if TYPE_CHECKING:
+    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+
+
+def check_sizes(pipe: "WanAutoregressivePipeline", config: RolloutConfig, given_frames: int) -> None:
+    """Raise `ValueError` for sizes, counts or a kind of transformer that cannot work."""
+    model = pipe.transformer.config
+    if model.in_channels != model.out_channels or model.patch_size[0] != 1:
+        raise ValueError(
+            f"this transformer takes {model.in_channels} and gives {model.out_channels} channels with patches of "
+            f"{model.patch_size[0]} frames; a causal text-to-video model has equal channels and 1-frame patches"
+        )
+    for name, size, patch in (
+        ("height", config.height, model.patch_size[1]),
+        ("width", config.width, model.patch_size[2]),
+    ):
+        multiple = pipe.vae_scale_factor_spatial * patch
+        if size % multiple:
+            nearest = max(size // multiple, 1) * multiple
+            raise ValueError(f"{name} is {size}; it must be divisible by {multiple}, such as {nearest}")
+    total = pipe.frame_grid(config).total_frames
+    if total is not None and total <= given_frames:
+        raise ValueError(
+            f"num_frames is {config.num_frames} ({total} latent frames) but {given_frames} latent frames are "
+            "given and count in it: nothing would be generated"
+        )
+    if total is not None and total > model.rope_max_seq_len:
+        longest = pixel_frames_of(model.rope_max_seq_len, pipe.vae_scale_factor_temporal)
+        raise ValueError(
+            f"num_frames is {config.num_frames} ({total} latent frames); absolute positions end at "
+            f"{model.rope_max_seq_len} latent frames, {longest} pixel frames"
+        )
+
+
+def check_tensors(
+    pipe: "WanAutoregressivePipeline",
+    config: RolloutConfig,
+    batch_size: int,
+    given_frames: int,
+    latents: torch.Tensor | None,
+    video_latents: torch.Tensor | None,
+    generator: Generators,
+) -> None:
+    """Raise `ValueError` for noise, given latents or generators that do not fit the video."""
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"got {len(generator)} generators for {batch_size} videos; pass one for each, or only one")
+    total = pipe.frame_grid(config).total_frames
+    for name, tensor, frames in (
+        ("latents", latents, None if total is None else total - given_frames),
+        ("video_latents", video_latents, given_frames),
+    ):
+        if tensor is None:
+            continue
+        size = pipe.latent_size(config.height, config.width)
+        expected = (batch_size, pipe.transformer.config.in_channels, frames, *size)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this video needs {expected}")
+
+
+def check_prompts(
+    pipe: "WanAutoregressivePipeline", config: RolloutConfig, prompts: list[Prompt], switch_frames: list[int]
+) -> None:
+    """Raise `ValueError` for prompts, embeddings or switch times that cannot be used, and for a missing VAE."""
+    for prompt in prompts:
+        check_prompt(prompt)
+        text_dim = pipe.transformer.config.text_dim
+        if isinstance(prompt, torch.Tensor) and prompt.shape[2] != text_dim:
+            raise ValueError(f"embeddings have {prompt.shape[2]} channels; this transformer takes {text_dim}")
+    for frame in switch_frames:
+        if not isinstance(frame, int) or frame < 0:
+            raise ValueError(f"prompt_schedule has the key {frame!r}; keys are latent frames, 0 or more")
+    if config.output_type != "latent" and pipe.vae is None:
+        raise ValueError(f"output_type is {config.output_type!r} but this pipeline has no VAE; use 'latent'")
