@@ -19,7 +19,7 @@ demo: $(READY)
 		--output outputs/demo.mp4
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2
 
 lint: $(READY)
 	$(BIN)/ruff check .
