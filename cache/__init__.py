@@ -2,6 +2,7 @@
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
 from wan_autoregressive.cache.kv_cache import WanKVCache
+from wan_autoregressive.cache.sink_update import MovingAverageSink, SinkUpdate
 from wan_autoregressive.cache.token_window import TokenWindow
 
-__all__ = ["TokenWindow", "WanKVBlockCache", "WanKVCache"]
+__all__ = ["MovingAverageSink", "SinkUpdate", "TokenWindow", "WanKVBlockCache", "WanKVCache"]

@@ -2,7 +2,8 @@
 
 import torch
 
-from wan_autoregressive.cache.token_window import TokenWindow, WriteMode, WritePlan
+from wan_autoregressive.cache.sink_update import SinkUpdate
+from wan_autoregressive.cache.token_window import Span, TokenWindow, WriteMode, WritePlan
 
 
 class WanKVBlockCache:
@@ -18,8 +19,15 @@ class WanKVBlockCache:
     It has no `.to`: accelerate's hooks would call it and move the past.
     """
 
-    def __init__(self, window_size: int = -1, sink_size: int = 0, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        window_size: int = -1,
+        sink_size: int = 0,
+        max_tokens: int | None = None,
+        sink_update: SinkUpdate | None = None,
+    ) -> None:
         self.window = TokenWindow(window_size, sink_size)
+        self._sink_update = sink_update
         self._initial_capacity = window_size if window_size != -1 else max_tokens
         self._plan: WritePlan | None = None
         self._key: torch.Tensor | None = None
@@ -46,7 +54,7 @@ class WanKVBlockCache:
         """
         if self._plan is None:
             raise RuntimeError("write() without a plan: call plan(num_tokens, mode) first, or use WanKVCache.update()")
-        self._check(key, value, self._plan)
+        self._check(key, value)
         capacity = self._plan.state_after.length
         if self._key is None or self._value is None or _layout(key) != _layout(self._key):
             capacity = max(capacity, self._initial_capacity or 0)
@@ -55,6 +63,9 @@ class WanKVBlockCache:
             capacity = max(capacity, 2 * self._key.shape[1])
             self._key, self._value = _grown(key, self._key, capacity), _grown(value, self._value, capacity)
 
+        if self._sink_update is not None and self._plan.evicted:
+            for buffer in (self._key, self._value):
+                self._sink_update.absorb(buffer, self.window.sink_size, self._plan.evicted)
         done = 0
         for start, stop in self._plan.spans:
             self._key[:, start:stop] = key[:, done : done + stop - start]
@@ -69,6 +80,25 @@ class WanKVBlockCache:
             raise RuntimeError("commit() without a plan: call plan(num_tokens, mode) first")
         self.window.commit(self._plan)
         self._plan = None
+
+    def keep_newest(self, num_tokens: int) -> None:
+        """Forget all but the sink and the newest `num_tokens` tokens."""
+        source, (start, stop) = self.window.keep_newest(num_tokens)
+        for buffer in (self._key, self._value):
+            if buffer is not None and source:
+                buffer[:, start:stop] = torch.cat([buffer[:, a:b] for a, b in source], dim=1)
+
+    @property
+    def planned_places(self) -> tuple[Span, ...]:
+        """Places in time order of the tokens that the planned `write` returns, for runs of slots."""
+        if self._plan is None:
+            raise RuntimeError("no write is planned")
+        return self.window.places(self._plan.state_after)
+
+    @property
+    def planned_tokens(self) -> int:
+        """Tokens of the chunk that the planned `write` takes."""
+        return 0 if self._plan is None else sum(stop - start for start, stop in self._plan.spans)
 
     def reset(self) -> None:
         """Forget all tokens; the buffers stay allocated for the next video if it has the same shape."""
@@ -97,15 +127,15 @@ class WanKVBlockCache:
         return sum(b.numel() * b.element_size() for b in (self._key, self._value) if b is not None)
 
     def _chronological(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
-        spans = self.window.chronological_spans
+        spans = self.window.chronological_spans()
         if buffer is None or not spans:
             return None
         if len(spans) == 1:
             return buffer[:, spans[0][0] : spans[0][1]]
         return torch.cat([buffer[:, start:stop] for start, stop in spans], dim=1)
 
-    def _check(self, key: torch.Tensor, value: torch.Tensor, plan: WritePlan) -> None:
-        planned = sum(stop - start for start, stop in plan.spans)
+    def _check(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        planned = self.planned_tokens
         if key.ndim != 4 or key.shape != value.shape or key.shape[1] != planned:
             raise ValueError(
                 f"key {tuple(key.shape)} and value {tuple(value.shape)} must both be "

@@ -3,6 +3,7 @@
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
+from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.token_window import WriteMode
 
 
@@ -33,6 +34,11 @@ class WanKVCache:
         sink_size (`int`, defaults to 0): First tokens of the video that are never evicted (LongLive's frame sink).
         max_tokens (`int`, *optional*): Without a window, the tokens to allocate at once if the length of the video
             is known; otherwise buffers double when full. With a window it must not be given.
+        relative_positions (`bool`, defaults to `False`): Keep keys without rotary embedding and rotate them by their
+            place in the window at every use, so that positions stay below the window's size however long the video
+            is (Infinity-RoPE, Reward-Forcing). Until the first eviction the result is that of absolute positions.
+        sink_update ([`SinkUpdate`], *optional*): How the sink takes up what is evicted, e.g. a
+            [`MovingAverageSink`]. Needs `relative_positions`, since averages of rotated keys mean nothing.
 
     Raises:
         ValueError: sizes that cannot work together, a chunk that does not fit, an overwrite without a chunk of the
@@ -40,7 +46,13 @@ class WanKVCache:
     """
 
     def __init__(
-        self, num_blocks: int, window_size: int = -1, sink_size: int = 0, max_tokens: int | None = None
+        self,
+        num_blocks: int,
+        window_size: int = -1,
+        sink_size: int = 0,
+        max_tokens: int | None = None,
+        relative_positions: bool = False,
+        sink_update: SinkUpdate | None = None,
     ) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; a cache needs at least 1 block")
@@ -49,7 +61,17 @@ class WanKVCache:
                 f"max_tokens is {max_tokens} with window_size {window_size}; it must be at least 1 and is only for "
                 "a cache without a window"
             )
-        self.block_caches = [WanKVBlockCache(window_size, sink_size, max_tokens) for _ in range(num_blocks)]
+        if sink_update is not None and not (relative_positions and sink_size):
+            raise ValueError(
+                f"a sink_update needs a sink and relative_positions; got sink_size {sink_size} and relative_positions "
+                f"{relative_positions}"
+            )
+        self.block_caches = [
+            WanKVBlockCache(window_size, sink_size, max_tokens, sink_update) for _ in range(num_blocks)
+        ]
+        self.relative_positions = relative_positions
+        self.jump_frames = 0
+        """With relative positions: how far the newest chunk is moved away from the past (a hard cut)."""
         self.window_size = window_size
         self.sink_size = sink_size
         self.max_tokens = max_tokens
@@ -111,17 +133,49 @@ class WanKVCache:
         for block in self.block_caches:
             block.commit()
 
+    def planned_frame_positions(self, tokens_per_frame: int) -> list[tuple[int, int]]:
+        """After `begin_forward`: relative temporal positions `[start, stop)` of the frames to attend over.
+
+        One run for each run of slots, in slot order: a frame's position is its place in the window, the newest chunk's
+        being the highest; `jump_frames` more for that chunk.
+
+        Raises:
+            ValueError: window, sink or a chunk that is not a whole number of frames.
+        """
+        block, jump = self.block_caches[0], self.jump_frames * tokens_per_frame
+        places = block.planned_places
+        if any(place % tokens_per_frame for span in places for place in span):
+            raise ValueError(
+                f"relative positions need whole frames of {tokens_per_frame} tokens in the window, the sink and every "
+                f"chunk; got window_size {self.window_size}, sink_size {self.sink_size} and places {places}"
+            )
+        newest = max(stop for _, stop in places) - block.planned_tokens
+        positions = []
+        for start, stop in places:
+            positions.append((start, min(stop, newest)))
+            positions.append((max(start, newest) + jump, stop + jump))
+        return [(start // tokens_per_frame, stop // tokens_per_frame) for start, stop in positions if start < stop]
+
+    def keep_newest(self, num_tokens: int) -> None:
+        """Forget all but the sink and the newest `num_tokens` tokens (Infinity-RoPE's flush at a prompt switch)."""
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens is {num_tokens}; it must be 0 or more")
+        for block in self.block_caches:
+            block.keep_newest(num_tokens)
+
     def reset(self) -> None:
         """Clear all blocks between videos: no tokens, append mode. Buffers are kept for reuse."""
         for block in self.block_caches:
             block.reset()
         self._mode = "append"
+        self.jump_frames = 0
 
     def release(self) -> None:
         """Clear all blocks and free their memory."""
         for block in self.block_caches:
             block.release()
         self._mode = "append"
+        self.jump_frames = 0
 
     @property
     def num_blocks(self) -> int:

@@ -29,6 +29,8 @@ class WritePlan:
 
     spans: tuple[Span, ...]
     state_after: WindowState
+    evicted: tuple[Span, ...] = ()
+    """Slots of the tokens that go, oldest first. They are overwritten by the update or already lie outside."""
 
 
 class TokenWindow:
@@ -80,10 +82,35 @@ class TokenWindow:
     def reset(self) -> None:
         self.state = WindowState()
 
-    @property
-    def chronological_spans(self) -> tuple[Span, ...]:
-        """The valid slots from the oldest token to the newest, sink first."""
-        length, head = self.state.length, self.state.head
+    def keep_newest(self, num_tokens: int) -> tuple[tuple[Span, ...], Span]:
+        """Forget all but the sink and the newest `num_tokens` tokens, which move up behind the sink.
+
+        Returns:
+            The slots they come from, oldest first, and the slots they belong in now.
+        """
+        start = min(self.sink_size, self.state.length)
+        kept = min(num_tokens, self.state.length - start)
+        source, missing = [], kept
+        for span_start, span_stop in reversed(self.chronological_spans()):
+            taken = min(missing, span_stop - span_start)
+            if taken:
+                source.append((span_stop - taken, span_stop))
+            missing -= taken
+        self.state = WindowState(start + kept, start + kept)  # no newest chunk: there is nothing to overwrite
+        return tuple(reversed(source)), (start, start + kept)
+
+    def places(self, state: WindowState | None = None) -> tuple[Span, ...]:
+        """For consecutive runs of slots, from slot 0 on: which places in time order `[start, stop)` they hold."""
+        runs, place = [], 0
+        for start, stop in self.chronological_spans(state):
+            runs.append((start, (place, place + stop - start)))
+            place += stop - start
+        return tuple(places for _, places in sorted(runs))
+
+    def chronological_spans(self, state: WindowState | None = None) -> tuple[Span, ...]:
+        """The valid slots from the oldest token to the newest, sink first; of the present state or another one."""
+        state = state or self.state
+        length, head = state.length, state.head
         if length == 0:
             return ()
         if length < self.window_size or self.window_size == -1 or head in (self.sink_size, self.window_size):
@@ -105,7 +132,10 @@ class TokenWindow:
         start = self.sink_size if self.state.head == self.window_size else self.state.head
         spans = self._ring_spans(start, num_tokens)
         length = min(self.state.length + num_tokens, self.window_size)
-        return WritePlan(spans, WindowState(length, spans[-1][1], start, num_tokens))
+        evicted = self.state.length + num_tokens - length
+        oldest = start if self.state.length == self.window_size else self.sink_size
+        evicted_spans = self._ring_spans(oldest, evicted) if evicted else ()
+        return WritePlan(spans, WindowState(length, spans[-1][1], start, num_tokens), evicted_spans)
 
     def _plan_overwrite(self, num_tokens: int) -> WritePlan:
         if self.state.newest_size == 0:

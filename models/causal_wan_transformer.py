@@ -5,6 +5,7 @@ Without a cache the output is bitwise equal to upstream's (`tests/integration/te
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,22 +41,30 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         Raises:
             ValueError: a position outside the table (`rope_max_seq_len` of the config).
         """
-        p_t, p_h, p_w = self.patch_size
-        frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], (p_t, p_h, p_w), strict=True))
-        if frame_offset < 0 or frame_offset + frames > self.max_seq_len:
-            raise ValueError(
-                f"frames {frame_offset} to {frame_offset + frames - 1} leave the rotary table of {self.max_seq_len} "
-                "positions (rope_max_seq_len); absolute positions end there"
-            )
+        frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
+        return self.at([(frame_offset, frame_offset + frames)], height, width)
+
+    def at(self, positions: Sequence[tuple[int, int]], height: int, width: int) -> RotaryEmbedding:
+        """cos and sin of frames at the given runs of temporal positions `[start, stop)`, `height` x `width` each."""
+        for start, stop in positions:
+            if start < 0 or stop > self.max_seq_len:
+                raise ValueError(
+                    f"frames {start} to {stop - 1} leave the rotary table of {self.max_seq_len} positions "
+                    "(rope_max_seq_len). Absolute positions end there; relative ones do not"
+                )
         return (
-            self._lay_out(self.freqs_cos, frame_offset, frames, height, width),
-            self._lay_out(self.freqs_sin, frame_offset, frames, height, width),
+            self._lay_out(self.freqs_cos, positions, height, width),
+            self._lay_out(self.freqs_sin, positions, height, width),
         )
 
-    def _lay_out(self, table: torch.Tensor, offset: int, frames: int, height: int, width: int) -> torch.Tensor:
+    def _lay_out(
+        self, table: torch.Tensor, positions: Sequence[tuple[int, int]], height: int, width: int
+    ) -> torch.Tensor:
         time, row, column = table.split([self.t_dim, self.h_dim, self.w_dim], dim=1)
+        time = torch.cat([time[start:stop] for start, stop in positions])  # (frames, t_dim)
+        frames = time.shape[0]
         grid = (frames, height, width, -1)
-        time = time[offset : offset + frames].view(frames, 1, 1, -1).expand(grid)
+        time = time.view(frames, 1, 1, -1).expand(grid)
         row = row[:height].view(1, height, 1, -1).expand(grid)
         column = column[:width].view(1, 1, width, -1).expand(grid)
         return torch.cat([time, row, column], dim=-1).reshape(1, frames * height * width, 1, -1)
@@ -83,6 +92,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
     """Self-attention over the chunk and what the cache holds of the past.
 
     No mask: causality between chunks comes from the cache holding only the past, so every attention backend works.
+    With `key_rotary_emb` the cache holds keys without rotary embedding, which are rotated when they are used.
     """
 
     def __call__(
@@ -93,6 +103,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
         kv_cache: WanKVBlockCache | None = None,
+        key_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
         query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
@@ -100,9 +111,12 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         value = value.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query = apply_rotary_emb(query, *rotary_emb)
-            key = apply_rotary_emb(key, *rotary_emb)
+            if key_rotary_emb is None:
+                key = apply_rotary_emb(key, *rotary_emb)
         if kv_cache is not None:
             key, value = kv_cache.write(key, value)  # (batch, cached tokens, heads, head_dim)
+        if key_rotary_emb is not None:
+            key = apply_rotary_emb(key, *key_rotary_emb)
 
         hidden_states = dispatch_attention_fn(
             query,
@@ -138,6 +152,7 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         temb: torch.Tensor,
         rotary_emb: RotaryEmbedding,
         kv_cache: WanKVBlockCache | None = None,
+        key_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
         """`hidden_states` is `(batch, tokens, dim)`; `temb` `(batch, groups, 6, dim)`, each group being
         `tokens / groups` consecutive tokens: the whole input, a frame, or a token."""
@@ -147,7 +162,9 @@ class CausalWanTransformerBlock(WanTransformerBlock):
 
         # 1. Self-attention
         norm_hidden_states = modulate(self.norm1(hidden_states.float()), scale, shift).type_as(hidden_states)
-        attn_output = self.attn1(norm_hidden_states, None, None, rotary_emb, kv_cache=kv_cache)
+        attn_output = self.attn1(
+            norm_hidden_states, None, None, rotary_emb, kv_cache=kv_cache, key_rotary_emb=key_rotary_emb
+        )
         hidden_states = (hidden_states.float() + apply_gate(attn_output, gate)).type_as(hidden_states)
 
         # 2. Cross-attention
@@ -219,7 +236,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             attention_kwargs (`dict`, *optional*): `kv_cache` is the [`WanKVCache`] to attend through and to write,
                 in its current mode; `scale` the LoRA scale.
             frame_offset (`int`, defaults to 0): Position of the chunk's first frame in the video, in latent frames
-                after patching.
+                after patching. A cache with relative positions makes its own.
 
         Returns:
             [`~models.modeling_outputs.Transformer2DModelOutput`] or a tuple with the flow, shaped as `hidden_states`.
@@ -237,7 +254,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         timestep = self._grouped_timestep(timestep, batch_size, frames, frames * rows * columns)
 
         # 1. Positions and patches
-        rotary_emb = self.rope(hidden_states, frame_offset)
+        block_caches: list[Any] = [None] * len(self.blocks)
+        if kv_cache is not None:
+            block_caches = kv_cache.begin_forward(num_tokens=frames * rows * columns)
+        rotary_emb, key_rotary_emb = self._rotary_embeddings(hidden_states, frame_offset, kv_cache)
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
         # 2. Conditions: temb (batch, groups, dim), timestep_proj (batch, groups, 6, dim)
@@ -252,18 +272,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             encoder_hidden_states = torch.concat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
 
         # 3. Blocks, each with its own part of the cache
-        if kv_cache is None:
-            block_caches: list[Any] = [None] * len(self.blocks)
-        else:
-            block_caches = kv_cache.begin_forward(num_tokens=hidden_states.shape[1])
         for block, block_cache in zip(self.blocks, block_caches, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, block_cache
+                    block, hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, block_cache, key_rotary_emb
                 )
             else:
                 hidden_states = block(
-                    hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, kv_cache=block_cache
+                    hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, block_cache, key_rotary_emb
                 )
         if kv_cache is not None:
             kv_cache.end_forward()
@@ -277,6 +293,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         hidden_states = hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6)
         sample = hidden_states.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (batch, channels, frames, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _rotary_embeddings(
+        self, hidden_states: torch.Tensor, frame_offset: int, kv_cache: WanKVCache | None
+    ) -> tuple[RotaryEmbedding, RotaryEmbedding | None]:
+        """Tables for the chunk, and for all cached keys if they are rotated when used."""
+        if kv_cache is None or not kv_cache.relative_positions:
+            return self.rope(hidden_states, frame_offset), None
+        frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
+        positions = kv_cache.planned_frame_positions(tokens_per_frame=height * width)
+        newest = max(stop for _, stop in positions)
+        return self.rope(hidden_states, newest - frames), self.rope.at(positions, height, width)
 
     def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1) -> int:
         """Bytes that keys and values of `num_tokens` tokens take over all blocks, in this model's dtype."""

@@ -35,11 +35,17 @@ def check_sizes(pipe: "WanAutoregressivePipeline", config: RolloutConfig, given_
             f"num_frames is {config.num_frames} ({total} latent frames) but {given_frames} latent frames are "
             "given and count in it: nothing would be generated"
         )
-    if total is not None and total > model.rope_max_seq_len:
+    if (config.highest_position or 0) > model.rope_max_seq_len:
+        raise ValueError(
+            f"window_frames {config.window_frames} (and cut_jump_frames) make positions up to "
+            f"{config.highest_position}; the rotary table ends at {model.rope_max_seq_len}"
+        )
+    if total is not None and (config.highest_position or total) > model.rope_max_seq_len:
         longest = pixel_frames_of(model.rope_max_seq_len, pipe.vae_scale_factor_temporal)
         raise ValueError(
             f"num_frames is {config.num_frames} ({total} latent frames); absolute positions end at "
-            f"{model.rope_max_seq_len} latent frames, {longest} pixel frames"
+            f"{model.rope_max_seq_len} latent frames, {longest} pixel frames. Set position_mode='relative' and "
+            "window_frames to go on"
         )
 
 

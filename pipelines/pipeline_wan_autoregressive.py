@@ -1,5 +1,6 @@
 """The pipeline: from a prompt to a video that grows chunk by chunk."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from wan_autoregressive.cache import WanKVCache
+from wan_autoregressive.cache import MovingAverageSink, WanKVCache
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.streaming_vae import (
     StreamingVaeEncoder,
@@ -37,6 +38,7 @@ from wan_autoregressive.pipelines.prompts import (
 from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
 from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.rollout_plan import RolloutPlan, plan_rollout
+from wan_autoregressive.pipelines.rollout_state import resume_rollout
 from wan_autoregressive.pipelines.step_callback import StepEndFunction, VideoStepCallback
 from wan_autoregressive.pipelines.video_frames import as_unit_floats, count_video_frames, cut_frames, join_frames
 from wan_autoregressive.schedulers import SelfForcingScheduler
@@ -215,7 +217,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
 
         # 2. Its chunks
-        self._num_timesteps = rollout.num_generated_chunks * rollout.num_steps_per_chunk
+        self._num_timesteps = rollout.num_steps
         chunks = list(self._stream(rollout))
 
         # 3. The video
@@ -263,6 +265,13 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         prompt_schedule: Mapping[int, Prompt] | None = None,
         switch_policy: str = "recache",
         recache_sink: str = "keep",
+        flush_frames: int = 2,
+        cut_jump_frames: int = 42,
+        blend_chunks: int = 4,
+        position_mode: str = "absolute",
+        sink_update: str = "static",
+        sink_decay: float = 0.999,
+        first_chunk_steps: tuple[float, ...] | list[float] | None = None,
         num_inference_steps: int | None = None,
         denoising_steps: tuple[float, ...] | list[float] | None = None,
         guidance_scale: float = 1.0,
@@ -296,9 +305,16 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_schedule (`dict[int, str | list[str] | torch.Tensor]`, *optional*): Prompts or embeddings by the
                 latent frame from which they hold; taken over at the next chunk boundary.
             switch_policy (`str`, defaults to `"recache"`): `recache` rebuilds the window's keys and values under the
-                new prompt; `cross_attention` only changes the text, and the past goes on to speak of the old one.
+                new prompt; `cross_attention` only changes the text, and the past goes on to speak of the old one;
+                `flush` keeps the sink and the newest `flush_frames` frames; `cut` does so and jumps
+                `cut_jump_frames` ahead in time; `blend` interpolates the embeddings over `blend_chunks` chunks.
             recache_sink (`str`, defaults to `"keep"`): Whether the sink keeps the old prompt's keys and values, or
                 `refresh`: the oldest frames of the window become the new sink.
+            position_mode (`str`, defaults to `"absolute"`): `absolute` counts frames from the start of the video, up
+                to 1024; `relative` by their place in the window, without end. Both are equal until the first eviction.
+            sink_update (`str`, defaults to `"static"`): `moving_average` folds evicted frames into the sink, which
+                keeps `sink_decay` of itself each time (Reward-Forcing). Needs relative positions.
+            first_chunk_steps (`Sequence[float]`, *optional*): Own step list for the first generated chunk.
             denoising_steps (`Sequence[float]`, *optional*): Own step list, see [`SelfForcingScheduler`].
 
         Returns:
@@ -326,6 +342,13 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             denoising_steps=None if denoising_steps is None else tuple(denoising_steps),
             switch_policy=switch_policy,
             recache_sink=recache_sink,
+            flush_frames=flush_frames,
+            cut_jump_frames=cut_jump_frames,
+            blend_chunks=blend_chunks,
+            position_mode=position_mode,
+            sink_update=sink_update,
+            sink_decay=sink_decay,
+            first_chunk_steps=None if first_chunk_steps is None else tuple(first_chunk_steps),
             max_sequence_length=max_sequence_length,
             output_type=output_type,
         )
@@ -369,6 +392,27 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             on_step_end=on_step_end,
             seconds_before={"text": text_s, "encode": encode_s},
         )
+
+    def resume(
+        self,
+        folder: str | os.PathLike[str],
+        generator_device: torch.device | str | None = None,
+        on_step_end: StepCallback | None = None,
+    ) -> WanRollout:
+        """Go on with a video that [`WanRollout.save`] wrote to `folder`: on the same kind of device every further
+        chunk is the same to the bit as if it had never been interrupted.
+
+        Args:
+            folder: Where it was saved. It is only read.
+            generator_device (`torch.device`, *optional*): Where its generators shall live if not where they did; of
+                the same kind (another GPU, say). A video without generators goes on with torch's global state.
+            on_step_end (`Callable`, *optional*): As for [`rollout`], since a function cannot be saved.
+
+        Raises:
+            ValueError: nothing was saved there, it is damaged or of another format version, or this pipeline's models
+                have other weights, another config, dtype or tiling. The message names the difference.
+        """
+        return resume_rollout(self, folder, generator_device, on_step_end)
 
     def plan(self, given_frames: int = 0, batch_size: int = 1, **kwargs: Any) -> RolloutPlan:
         """What a rollout with these settings will take, without running anything.
@@ -439,20 +483,31 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         _, patch_height, patch_width = self.transformer.config.patch_size
         return (height // patch_height) * (width // patch_width)
 
-    def chunk_scheduler(self, config: RolloutConfig) -> SelfForcingScheduler:
-        """The scheduler of one rollout, with its step list; the pipeline's own is never changed."""
-        scheduler = SelfForcingScheduler.from_config(self.scheduler.config)
+    def chunk_scheduler(
+        self, config: RolloutConfig, scheduler_config: dict[str, Any] | None = None
+    ) -> SelfForcingScheduler:
+        """The scheduler of one rollout, with its step list; the pipeline's own is never changed.
+
+        Args:
+            scheduler_config (`dict`, *optional*): Of a scheduler to use in the place of the pipeline's.
+        """
+        scheduler = SelfForcingScheduler.from_config(scheduler_config or self.scheduler.config)
+        if config.first_chunk_steps is not None:
+            scheduler.set_timesteps(denoising_steps=config.first_chunk_steps)  # refused here if it cannot work
         scheduler.set_timesteps(config.num_inference_steps, denoising_steps=config.denoising_steps)
         return scheduler
 
     def new_kv_cache(self, config: RolloutConfig, total_frames: int | None) -> WanKVCache:
         """An empty cache for one video (one branch of guidance)."""
         per_frame = self.tokens_per_frame(config)
-        num_blocks = len(self.transformer.blocks)
-        if config.window_frames is None:
-            return WanKVCache(num_blocks, max_tokens=total_frames and total_frames * per_frame)
+        windowed = config.window_frames is not None
         return WanKVCache(
-            num_blocks, window_size=config.window_frames * per_frame, sink_size=config.sink_frames * per_frame
+            num_blocks=len(self.transformer.blocks),
+            window_size=config.window_frames * per_frame if config.window_frames is not None else -1,
+            sink_size=config.sink_frames * per_frame,
+            max_tokens=total_frames * per_frame if total_frames is not None and not windowed else None,
+            relative_positions=config.position_mode == "relative",
+            sink_update=MovingAverageSink(config.sink_decay) if config.sink_update == "moving_average" else None,
         )
 
     # diffusers' conventions.
@@ -513,7 +568,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _stream(self, rollout: WanRollout) -> Iterator[WanVideoChunk]:
         """The chunks of a rollout under a progress bar that counts denoising steps."""
-        total = rollout.grid.total_frames and rollout.num_generated_chunks * rollout.num_steps_per_chunk
+        total = rollout.grid.total_frames and rollout.num_steps
         with self.progress_bar(total=total) as progress_bar:
             rollout.on_progress = progress_bar.update
             try:

@@ -1,26 +1,36 @@
 """One video in the making: everything that lives as long as it does, and the steps that lengthen it."""
 
+import copy
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from wan_autoregressive.cache import WanKVCache
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents
+from wan_autoregressive.pipelines.finite_check import check_finite
 from wan_autoregressive.pipelines.frame_grid import FrameBlock, pixel_frames_of
 from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
+from wan_autoregressive.pipelines.prompt_switch import advance_blend, switch_prompt
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState
 from wan_autoregressive.pipelines.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.rollout_state import fork_rollout, save_rollout
 from wan_autoregressive.pipelines.timings import StageTimings
 from wan_autoregressive.schedulers import SelfForcingScheduler
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
 
 if TYPE_CHECKING:
     from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+
+logger = logging.get_logger(__name__)
+
+TRAINED_FRAMES = 21
 
 StepCallback = Callable[["WanRollout", FrameBlock, int, float, torch.Tensor], torch.Tensor]
 
@@ -42,9 +52,13 @@ class WanRollout:
     steps_done: int
     """Denoising steps over all chunks."""
     interrupted: bool
+    blend: dict[str, Any] | None
+    """A prompt change under way: `old` and `new` prompt and `chunks_done`."""
+    _position_shift: int
     _newest_block_frames: int
     _clean_pass_due: bool
     _failed: bool
+    _steps_finite: list[torch.Tensor]
 
     def __init__(
         self,
@@ -81,7 +95,11 @@ class WanRollout:
         self.grid = pipe.frame_grid(config, 0 if video_latents is None else video_latents.shape[2])
         self.latent_height, self.latent_width = pipe.latent_size(config.height, config.width)
         self.scheduler = scheduler
-        self._timesteps: list[float] = scheduler.timesteps.tolist()
+        self.first_scheduler = scheduler
+        if config.first_chunk_steps is not None:
+            self.first_scheduler = copy.copy(scheduler)
+            self.first_scheduler.set_timesteps(denoising_steps=config.first_chunk_steps)
+        self.tokens_per_frame = pipe.tokens_per_frame(config)
 
         self.cache = self._new_cache()
         self.negative_cache = self._new_cache() if config.do_classifier_free_guidance else None
@@ -145,6 +163,27 @@ class WanRollout:
         self._prompt_schedule.clear()
         self._restart()
 
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Save everything the video needs to go on, so that [`WanAutoregressivePipeline.resume`] gives the same bits.
+
+        Holds no weights: a state fits only the models it was made with. What was in `folder` before is replaced in one
+        step once the new state is whole. `on_step_end` and `on_progress` are not saved.
+
+        Raises:
+            RuntimeError: during a step, or after one that failed.
+            ValueError: `attention_kwargs` holds something that cannot be saved.
+            OSError: it could not be written; an older state in `folder` is still whole.
+        """
+        save_rollout(self, folder)
+
+    def fork(self) -> "WanRollout":
+        """A copy that goes on from here on its own: both make the chunks that one alone would have made.
+
+        Keys and values are copied, prompts and models shared; `on_step_end` is called by both. Without generators
+        both draw from torch's global state. Raises `RuntimeError` during a step, or after one that failed.
+        """
+        return fork_rollout(self)
+
     def interrupt(self) -> None:
         """Stop after the current denoising step. The chunk in the making is handed out as it is then."""
         self.interrupted = True
@@ -160,14 +199,17 @@ class WanRollout:
         return sum(not block.given for block in self.grid)
 
     @property
-    def num_steps_per_chunk(self) -> int:
-        return len(self._timesteps)
+    def num_steps(self) -> int:
+        """Denoising steps over all chunks. Only for a video with an end."""
+        first, later = len(self.first_scheduler.timesteps), len(self.scheduler.timesteps)
+        return first + (self.num_generated_chunks - 1) * later
 
     # One chunk.
 
     def _make_chunk(self) -> WanVideoChunk:
         block = self.grid.block(self.chunks_done, self.frames_done)
         timings = StageTimings(self.device)
+        self._steps_finite = []
         while self._seconds_before:
             timings.add_seconds(*self._seconds_before.popitem())
 
@@ -191,6 +233,7 @@ class WanRollout:
         if self.vae_decoder is not None:
             with timings.stage("decode"):
                 frames = self._decode(latents, block)
+        check_finite(self._steps_finite, block)  # last: it waits for the device, as pixels on their way to the CPU do
         return WanVideoChunk(
             frames=frames,
             latents=latents,
@@ -204,19 +247,25 @@ class WanRollout:
 
     def _enter_block(self, block: FrameBlock) -> None:
         """Take over a prompt that is due and bring the caches up to date."""
+        if self.config.window_frames is None and block.start <= TRAINED_FRAMES < block.stop:
+            logger.warning(
+                f"the video passes {TRAINED_FRAMES} latent frames, the length that Self-Forcing models are trained "
+                "on, with all of it in view; set window_frames (and sink_frames) for longer videos"
+            )
         scheduled = None
         for frame in [frame for frame in self._prompt_schedule if frame <= block.start]:
             scheduled = self._prompt_schedule.pop(frame)
         next_prompt = self._next_prompt or scheduled
         self._next_prompt = None
-        recache = next_prompt is not None and self.frames_done > 0 and self.config.switch_policy == "recache"
 
         if self._clean_pass_due:
-            self._clean_pass(skip_prompt_branch=recache)
+            recached = next_prompt is not None and self.config.switch_policy == "recache"
+            self._clean_pass(skip_prompt_branch=recached)
+        for cache, _ in self.branches():
+            cache.jump_frames = 0
         if next_prompt is not None:
-            self.prompt = next_prompt
-        if recache:
-            self._recache()
+            switch_prompt(self, next_prompt)
+        advance_blend(self)
 
     def _clean_pass(self, skip_prompt_branch: bool) -> None:
         """Overwrite the newest chunk's keys and values with those of its clean latents."""
@@ -225,45 +274,33 @@ class WanRollout:
         start = self.frames_done - block_frames
         if not skip_prompt_branch:
             self.cache.enable_overwrite_mode()
-            self._flow(latents, self.config.context_noise, start, self.cache, self.prompt.embeds)
+            self.flow(latents, self.config.context_noise, start, self.cache, self.prompt.embeds)
         if self.negative_cache is not None:
             self.negative_cache.enable_overwrite_mode()
-            self._flow(latents, self.config.context_noise, start, self.negative_cache, self.negative_prompt_embeds)
+            self.flow(latents, self.config.context_noise, start, self.negative_cache, self.negative_prompt_embeds)
         self._clean_pass_due = False
-
-    def _recache(self) -> None:
-        """Rebuild the window's keys and values from clean latents under the current prompt, in one pass.
-
-        As LongLive does at a prompt switch (`pipeline/interactive_causal_inference.py`). The sink keeps the old
-        prompt's under `recache_sink="keep"`, unless the video is still within the window; frames that the kept sink
-        hides from attention are not computed.
-        """
-        window = self.config.window_frames or self.frames_done
-        keep_sink = self.config.recache_sink == "keep" and self.frames_done > window
-        num_frames = min(window, self.frames_done) - (self.config.sink_frames if keep_sink else 0)
-        self.cache.enable_rewrite_mode(keep_sink=keep_sink)
-        latents, start = self.history.last(num_frames), self.frames_done - num_frames
-        self._flow(latents, self.config.context_noise, start, self.cache, self.prompt.embeds)
 
     def _write_given(self, block: FrameBlock) -> torch.Tensor:
         """Write given latents to the caches at t = 0 and return them."""
         assert self.given_latents is not None
         latents = self.given_latents[:, :, block.start : block.stop]
-        for cache, embeds in self._branches():
+        for cache, embeds in self.branches():
             cache.enable_append_mode()
-            self._flow(latents, 0.0, block.start, cache, embeds)
+            self.flow(latents, 0.0, block.start, cache, embeds)
         self._newest_block_frames = block.num_frames
         return latents
 
     def _denoise(self, block: FrameBlock) -> torch.Tensor:
         """The few-step denoise of a chunk: `(batch, channels, frames, height, width)` clean latents."""
         latents = self._noise(block)
-        for i, timestep in enumerate(self._timesteps):
+        scheduler = self.first_scheduler if block.start == self.grid.given_frames else self.scheduler
+        for i, timestep in enumerate(scheduler.timesteps.tolist()):
             flow = self._guided_flow(latents, timestep, block.start, first_step=i == 0)
-            latents = self.scheduler.step(flow, timestep, latents, generator=self.generator).prev_sample
+            latents = scheduler.step(flow, timestep, latents, generator=self.generator).prev_sample
             if self._on_step_end is not None:
                 latents = self._on_step_end(self, block, self.steps_done, timestep, latents)
             self.steps_done += 1
+            self._steps_finite.append(latents.isfinite().all())
             if self.on_progress is not None:
                 self.on_progress()
             if self.interrupted:
@@ -273,32 +310,40 @@ class WanRollout:
 
     def _guided_flow(self, latents: torch.Tensor, timestep: float, start: int, first_step: bool) -> torch.Tensor:
         flows = []
-        for cache, embeds in self._branches():
+        for cache, embeds in self.branches():
             if first_step:
                 cache.enable_append_mode()
             else:
                 cache.enable_overwrite_mode()
-            flows.append(self._flow(latents, timestep, start, cache, embeds))
+            flows.append(self.flow(latents, timestep, start, cache, embeds))
         if len(flows) == 1:
             return flows[0]
         flow, negative_flow = flows
         return negative_flow + self.config.guidance_scale * (flow - negative_flow)
 
-    def _flow(
+    def jump(self, num_frames: int) -> None:
+        """Move the next chunk away from the past in time: for good, or with relative positions while it is newest."""
+        if self.config.position_mode == "absolute":
+            self._position_shift += num_frames
+        for cache, _ in self.branches():
+            cache.jump_frames = num_frames
+
+    def flow(
         self, latents: torch.Tensor, timestep: float, start: int, cache: WanKVCache, embeds: torch.Tensor | None
     ) -> torch.Tensor:
+        """One forward through a cache: the flow of `latents`, whose first frame is latent frame `start`."""
         transformer = self.pipe.transformer
         timesteps = torch.full((self.batch_size, latents.shape[2]), timestep, device=self.device, dtype=torch.float32)
         return transformer(
             hidden_states=latents.to(transformer.dtype),
             timestep=timesteps,
             encoder_hidden_states=embeds,
-            frame_offset=start,
+            frame_offset=start + self._position_shift,
             attention_kwargs={**self._attention_kwargs, "kv_cache": cache},
             return_dict=False,
         )[0]
 
-    def _branches(self) -> list[tuple[WanKVCache, torch.Tensor | None]]:
+    def branches(self) -> list[tuple[WanKVCache, torch.Tensor | None]]:
         branches: list[tuple[WanKVCache, torch.Tensor | None]] = [(self.cache, self.prompt.embeds)]
         if self.negative_cache is not None:
             branches.append((self.negative_cache, self.negative_prompt_embeds))
@@ -330,6 +375,8 @@ class WanRollout:
         self.frames_done = 0
         self.steps_done = 0
         self.interrupted = False
+        self.blend = None
+        self._position_shift = 0
         self._newest_block_frames = 0
         self._clean_pass_due = False
         self._failed = False

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
-SWITCH_POLICIES = ("recache", "cross_attention")
+SWITCH_POLICIES = ("recache", "cross_attention", "flush", "cut", "blend")
+POSITION_MODES = ("absolute", "relative")
+SINK_UPDATES = ("static", "moving_average")
 RECACHE_SINKS = ("keep", "refresh")
 
 
@@ -29,8 +31,15 @@ class RolloutConfig:
     guidance_scale: float = 1.0
     num_inference_steps: int | None = None
     denoising_steps: tuple[float, ...] | None = None
+    first_chunk_steps: tuple[float, ...] | None = None
+    position_mode: str = "absolute"
+    sink_update: str = "static"
+    sink_decay: float = 0.999
     switch_policy: str = "recache"
     recache_sink: str = "keep"
+    flush_frames: int = 2
+    cut_jump_frames: int = 42
+    blend_chunks: int = 4
     max_sequence_length: int = 512
     output_type: str = "np"
 
@@ -43,18 +52,23 @@ class RolloutConfig:
             "first_chunk_frames",
             "window_frames",
             "max_sequence_length",
+            "blend_chunks",
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if not isinstance(self.sink_frames, int) or self.sink_frames < 0:
-            raise ValueError(f"sink_frames is {self.sink_frames!r}; it must be a whole number, 0 for no sink")
+        for name in ("sink_frames", "flush_frames", "cut_jump_frames"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0")
         if not 0 <= self.context_noise <= 1000:
             raise ValueError(f"context_noise is {self.context_noise}; it is a timestep, 0 (clean) to 1000")
         for name, allowed in (
             ("output_type", OUTPUT_TYPES),
             ("switch_policy", SWITCH_POLICIES),
             ("recache_sink", RECACHE_SINKS),
+            ("position_mode", POSITION_MODES),
+            ("sink_update", SINK_UPDATES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
@@ -68,7 +82,19 @@ class RolloutConfig:
     def do_classifier_free_guidance(self) -> bool:
         return self.guidance_scale > 1.0
 
+    @property
+    def highest_position(self) -> int | None:
+        """Frames that the positions of the video span; `None` if they grow without end."""
+        if self.position_mode == "relative" and self.window_frames is not None:
+            return self.window_frames + (self.cut_jump_frames if self.switch_policy == "cut" else 0)
+        return None
+
     def _check_window(self) -> None:
+        if self.sink_update == "moving_average" and (self.position_mode != "relative" or not self.sink_frames):
+            raise ValueError(
+                "sink_update='moving_average' averages keys without rotary embedding; it needs "
+                f"position_mode='relative' and sink_frames, got {self.position_mode!r} and {self.sink_frames}"
+            )
         if self.window_frames is None:
             if self.sink_frames:
                 raise ValueError(

@@ -31,6 +31,7 @@ def plan_rollout(
     """Count without running anything. Raises `ValueError` as the rollout itself would."""
     check_sizes(pipe, config, given_frames)
     steps = pipe.chunk_scheduler(config).num_inference_steps
+    first_steps = len(config.first_chunk_steps or ()) or steps
     branches = 2 if config.do_classifier_free_guidance else 1
     grid = pipe.frame_grid(config, given_frames)
     chunks = forwards = cache_bytes = vae_bytes = None
@@ -39,7 +40,7 @@ def plan_rollout(
         chunks = len(blocks)
         generated = sum(not block.given for block in blocks)
         clean_passes = generated - 1
-        forwards = branches * (chunks - generated + generated * steps + clean_passes)
+        forwards = branches * (chunks - generated + (generated - 1) * steps + first_steps + clean_passes)
     cached_frames = config.window_frames or grid.total_frames
     if cached_frames is not None:
         tokens = cached_frames * pipe.tokens_per_frame(config)

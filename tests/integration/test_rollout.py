@@ -287,3 +287,62 @@ def test_timings_and_progress(pipe):
     assert min(second.timings.clean_pass_s, second.timings.denoise_s, second.timings.decode_s) > 0
     assert second.timings.text_s == second.timings.encode_s == 0
     assert set(second.timings.as_dict()) == {"text_s", "encode_s", "denoise_s", "clean_pass_s", "decode_s"}
+
+
+def held_frames(rollout) -> int:
+    return rollout.cache.num_tokens // rollout.tokens_per_frame
+
+
+@pytest.mark.parametrize("position_mode", ["absolute", "relative"])
+@pytest.mark.parametrize(("policy", "jump"), [("flush", 0), ("cut", 42)])
+def test_flush_and_cut_keep_the_sink_and_the_newest_frames(pipe, count_forwards, policy, jump, position_mode):
+    rollout = pipe.rollout(
+        "a red circle",
+        **SIZE,
+        window_frames=9,
+        sink_frames=1,
+        switch_policy=policy,
+        position_mode=position_mode,
+        generator=generator(),
+    )
+    for _ in range(4):
+        rollout.step()
+    assert held_frames(rollout) == 9
+    rollout.step(prompt="a blue cross")
+    assert held_frames(rollout) == 1 + 2 + 3
+    absolute_jump = jump if position_mode == "absolute" else 0
+    assert rollout.cache.jump_frames == jump
+    assert count_forwards[-1][0] == 12 + absolute_jump
+    rollout.step()
+    assert held_frames(rollout) == 9
+    assert rollout.cache.jump_frames == 0
+    assert count_forwards[-1][0] == 15 + absolute_jump
+
+
+def test_a_blend_moves_the_embeddings_over_some_chunks(pipe):
+    rollout = pipe.rollout("a red circle", **SIZE, window_frames=6, switch_policy="blend", blend_chunks=4)
+    old = rollout.prompt.embeds
+    new = pipe.encode_for_rollout("a blue cross", 1).embeds
+    rollout.step()
+    rollout.set_prompt("a blue cross")
+    for weight in (0.25, 0.5, 0.75, 1.0, 1.0):
+        rollout.step()
+        torch.testing.assert_close(rollout.prompt.embeds, old + weight * (new - old), rtol=0, atol=1e-6)
+    assert torch.equal(rollout.prompt.embeds, new)
+
+
+def test_the_first_chunk_may_have_steps_of_its_own(pipe, count_forwards):
+    options = {**SIZE, "num_frames": 21, "first_chunk_steps": (1000, 500), "denoising_steps": (1000,)}
+    pipe("x", **options, output_type="latent")
+    shapes = [(start, mode) for start, _, _, mode in count_forwards]
+    assert shapes == [(0, "append"), (0, "overwrite"), (0, "overwrite"), (3, "append")]
+    assert pipe.plan(**options).forwards == 4
+    assert pipe.num_timesteps == 3
+
+
+def test_past_the_trained_length_a_window_is_suggested(pipe, caplog):
+    options = {"height": 16, "width": 16, "num_frames": 121, "num_inference_steps": 1, "output_type": "latent"}
+    pipe("x", **options, window_frames=9)
+    assert "set window_frames" not in caplog.text
+    pipe("x", **options)
+    assert caplog.text.count("set window_frames") == 1

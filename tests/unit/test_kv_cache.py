@@ -49,7 +49,9 @@ def histories(draw):
     operations = draw(
         st.lists(
             st.tuples(
-                st.sampled_from(["append", "append", "append", "overwrite", "rewrite", "rewrite_all", "reset"]),
+                st.sampled_from(
+                    ["append", "append", "append", "overwrite", "rewrite", "rewrite_all", "keep_newest", "reset"]
+                ),
                 st.integers(1, largest),
             ),
             min_size=1,
@@ -69,6 +71,12 @@ def test_any_sequence_of_operations_equals_a_list_of_tokens(history):
             cache.reset()
             model = ListOfTokens(window, sink)
             assert cache.block_caches[0].cached_key is None
+            continue
+        if operation == "keep_newest":
+            cache.keep_newest(tokens)
+            rest = model.tokens[model.sink :]
+            model.tokens = model.tokens[: model.sink] + rest[max(0, len(rest) - tokens) :]
+            model.newest = 0
             continue
         if operation == "overwrite":
             if model.newest == 0:

@@ -1,0 +1,62 @@
+"""Which models a saved video belongs to, and in what others differ from them."""
+
+import dataclasses
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
+
+if TYPE_CHECKING:
+    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+
+
+def model_identity(pipe: "WanAutoregressivePipeline", with_vae: bool) -> dict[str, Any]:
+    """What a saved video is bound to, as JSON: config, settings and weights of the models that make it.
+
+    Args:
+        with_vae: whether the video is decoded; otherwise the VAE does not matter.
+    """
+    transformer = pipe.transformer
+    identity = {"transformer": _component_identity(transformer)}
+    identity["transformer"]["sinusoid_dtype"] = str(transformer.condition_embedder.timesteps_proj.sinusoid_dtype)
+    if with_vae:
+        identity["vae"] = None if pipe.vae is None else _component_identity(pipe.vae)
+        if pipe.vae is not None:
+            # Through getattr, because diffusers has no accessor for them.
+            names = [name for name in vars(pipe.vae) if name.startswith(("use_slicing", "use_tiling", "tile_sample_"))]
+            identity["vae"]["tiling"] = {name: getattr(pipe.vae, name) for name in sorted(names)}
+    return identity
+
+
+def _component_identity(component: Any) -> dict[str, Any]:
+    config = {name: value for name, value in component.config.items() if not name.startswith("_")}
+    return {
+        # Through JSON, as the saved one went: tuples become lists.
+        "config": json.loads(json.dumps(config, default=str)),
+        "dtype": str(component.dtype).removeprefix("torch."),
+        "weights": dataclasses.asdict(weights_fingerprint(component)),
+    }
+
+
+def check_same_model(saved: dict[str, Any], now: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` with the first difference between two identities; `saved` is from the state in `folder`."""
+    for name, was in saved.items():
+        got = now[name]
+        if got is None:
+            raise ValueError(f"the state in '{folder}' needs a {name}; this pipeline has none")
+        for part in [part for part in was if part != "weights"]:
+            # Named to the key: "dtype: float32, now bfloat16", "config.num_layers: 30, now 40".
+            pairs = was[part] if isinstance(was[part], dict) else {"": was[part]}
+            present = got[part] if isinstance(got[part], dict) else {"": got[part]}
+            for key in sorted(pairs.keys() | present.keys()):
+                if pairs.get(key) != present.get(key):
+                    raise ValueError(
+                        f"the state in '{folder}' is of another {name}: {part}{key and '.'}{key} was "
+                        f"{pairs.get(key)!r} and is {present.get(key)!r} now"
+                    )
+        layout, values = (got["weights"][key] == was["weights"][key] for key in ("layout", "values"))
+        unknown = None in (got["weights"]["values"], was["weights"]["values"])
+        if not layout or not (values or unknown):
+            what = "values" if layout else "names, shapes, dtypes or adapters"
+            raise ValueError(f"the state in '{folder}' is of a {name} with other weights: their {what} differ")
