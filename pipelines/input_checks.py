@@ -86,5 +86,7 @@ def check_prompts(
     for frame in switch_frames:
         if not isinstance(frame, int) or frame < 0:
             raise ValueError(f"prompt_schedule has the key {frame!r}; keys are latent frames, 0 or more")
+    if config.strength is not None and pipe.vae is None:
+        raise ValueError("video to video needs a VAE, which this pipeline does not have")
     if config.output_type != "latent" and pipe.vae is None:
         raise ValueError(f"output_type is {config.output_type!r} but this pipeline has no VAE; use 'latent'")

@@ -39,6 +39,7 @@ from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
 from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.rollout_plan import RolloutPlan, plan_rollout
 from wan_autoregressive.pipelines.rollout_state import resume_rollout
+from wan_autoregressive.pipelines.source_video import SourceVideo
 from wan_autoregressive.pipelines.step_callback import StepEndFunction, VideoStepCallback
 from wan_autoregressive.pipelines.video_frames import as_unit_floats, count_video_frames, cut_frames, join_frames
 from wan_autoregressive.schedulers import SelfForcingScheduler
@@ -194,7 +195,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback = VideoStepCallback(self, callback_on_step_end, tensor_inputs)
         # Swapping transformer and VAE for every chunk is slow, and a callback may change any frame until the end.
         decode_at_end = callback is not None or self._offloads_whole_models
-        if num_frames is None and latents is None:
+        if num_frames is None and latents is None and rollout_kwargs.get("strength") is None:
             num_frames = 81
         rollout = self.rollout(
             prompt=prompt,
@@ -262,6 +263,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         image: Any = None,
         video: Any = None,
         video_latents: torch.Tensor | None = None,
+        strength: float | None = None,
         prompt_schedule: Mapping[int, Prompt] | None = None,
         switch_policy: str = "recache",
         recache_sink: str = "keep",
@@ -302,6 +304,10 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 or a batch of such. Frames past a multiple of 4 plus 1 are dropped.
             video_latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Given
                 latents, normalised. Given frames come first in the video and count in `num_frames`.
+            strength (`float`, *optional*): Video to video: `video` is not given but the source, frame by frame (any
+                iterable, a camera too), and every chunk starts from the noised encoding of the matching source chunk.
+                Above 0 (the source) to 1 (all new): the share of the denoising steps that are made. The video ends
+                with the source.
             prompt_schedule (`dict[int, str | list[str] | torch.Tensor]`, *optional*): Prompts or embeddings by the
                 latent frame from which they hold; taken over at the next chunk boundary.
             switch_policy (`str`, defaults to `"recache"`): `recache` rebuilds the window's keys and values under the
@@ -326,12 +332,14 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         # 1. Check inputs
         check_one_of(image=image, video=video, video_latents=video_latents)
         schedule = dict(prompt_schedule or {})
-        given_frames = self._count_given_frames(image, video, video_latents)
+        if strength is not None and video is None:
+            raise ValueError("strength is for video to video; pass the source as video")
+        given_frames = 0 if strength is not None else self._count_given_frames(image, video, video_latents)
         height, width = self._pixel_size(height, width, latents, video_latents)
         config = RolloutConfig(
             height=height,
             width=width,
-            num_frames=self._num_frames(num_frames, latents, given_frames),
+            num_frames=self._num_frames(num_frames, latents, given_frames, video if strength is not None else None),
             chunk_frames=chunk_frames,
             first_chunk_frames=first_chunk_frames,
             window_frames=window_frames,
@@ -349,6 +357,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             sink_update=sink_update,
             sink_decay=sink_decay,
             first_chunk_steps=None if first_chunk_steps is None else tuple(first_chunk_steps),
+            strength=strength,
             max_sequence_length=max_sequence_length,
             output_type=output_type,
         )
@@ -388,6 +397,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             generator=generator,
             latents=None if latents is None else latents.to(device, torch.float32),
             video_latents=None if video_latents is None else video_latents.to(device, torch.float32),
+            source=None if strength is None else SourceVideo(self, video, height, width, batch_size),
             attention_kwargs=attention_kwargs,
             on_step_end=on_step_end,
             seconds_before={"text": text_s, "encode": encode_s},
@@ -558,8 +568,14 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 width = width or tensor.shape[4] * self.vae_scale_factor_spatial
         return 480 if height is None else height, 832 if width is None else width
 
-    def _num_frames(self, num_frames: int | None, latents: torch.Tensor | None, given_frames: int) -> int | None:
-        """Pixel frames of the video, from the initial noise if that is given and the count is not."""
+    def _num_frames(
+        self, num_frames: int | None, latents: torch.Tensor | None, given_frames: int, source: Any
+    ) -> int | None:
+        """Pixel frames of the video, from the initial noise or the source if they are given and have an end."""
+        if source is not None and hasattr(source, "__len__"):
+            factor = self.vae_scale_factor_temporal
+            available = (count_video_frames(source) - 1) // factor * factor + 1
+            return available if num_frames is None else min(num_frames, available)
         if num_frames is None and latents is not None:
             return pixel_frames_of(given_frames + latents.shape[2], self.vae_scale_factor_temporal)
         return num_frames
@@ -568,8 +584,9 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def _stream(self, rollout: WanRollout) -> Iterator[WanVideoChunk]:
         """The chunks of a rollout under a progress bar that counts denoising steps."""
-        total = rollout.grid.total_frames and rollout.num_steps
-        with self.progress_bar(total=total) as progress_bar:
+        endless = rollout.grid.total_frames is None
+        bar = self.progress_bar(iter(())) if endless else self.progress_bar(total=rollout.num_steps)
+        with bar as progress_bar:
             rollout.on_progress = progress_bar.update
             try:
                 yield from rollout

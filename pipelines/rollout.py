@@ -1,6 +1,7 @@
 """One video in the making: everything that lives as long as it does, and the steps that lengthen it."""
 
 import copy
+import dataclasses
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from wan_autoregressive.pipelines.prompt_switch import advance_blend, switch_pro
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState
 from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.rollout_state import fork_rollout, save_rollout
+from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
 from wan_autoregressive.pipelines.timings import StageTimings
 from wan_autoregressive.schedulers import SelfForcingScheduler
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
@@ -71,6 +73,7 @@ class WanRollout:
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         video_latents: torch.Tensor | None = None,
+        source: SourceVideo | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         on_step_end: StepCallback | None = None,
         seconds_before: dict[str, float] | None = None,
@@ -84,6 +87,7 @@ class WanRollout:
         self._next_prompt: PromptState | None = None
         self._initial_noise = latents
         self.given_latents = video_latents
+        self.source = source
         self._attention_kwargs = attention_kwargs or {}
         self._on_step_end = on_step_end
         self._seconds_before = dict(seconds_before or {})
@@ -130,7 +134,11 @@ class WanRollout:
             if prompt is not None:
                 self.set_prompt(prompt)
             self._failed = True
-            chunk = self._make_chunk()
+            try:
+                chunk = self._make_chunk()
+            except SourceEndedError:
+                self.interrupted, self._failed = True, False
+                raise
             self._failed = False
             return chunk
         finally:
@@ -138,7 +146,11 @@ class WanRollout:
 
     def __iter__(self) -> Iterator[WanVideoChunk]:
         while not self.done:
-            yield self.step()
+            try:
+                chunk = self.step()
+            except SourceEndedError:
+                return
+            yield chunk
 
     def set_prompt(self, prompt: Prompt) -> None:
         """Use another prompt (or embeddings) from the next chunk on."""
@@ -153,7 +165,13 @@ class WanRollout:
         self.negative_prompt_embeds = negative_embeds
 
     def reset(self) -> None:
-        """Forget the video and start a new one with the current prompt; generators go on where they are."""
+        """Forget the video and start a new one with the current prompt; generators go on where they are.
+
+        Raises:
+            RuntimeError: the video is made from a source, which cannot be read again.
+        """
+        if self.source is not None:
+            raise RuntimeError("this rollout reads a source video and cannot start again; make a new rollout")
         self.cache.reset()
         if self.negative_cache is not None:
             self.negative_cache.reset()
@@ -201,7 +219,10 @@ class WanRollout:
     @property
     def num_steps(self) -> int:
         """Denoising steps over all chunks. Only for a video with an end."""
-        first, later = len(self.first_scheduler.timesteps), len(self.scheduler.timesteps)
+        first, later = (
+            self.config.num_source_steps(len(scheduler.timesteps))
+            for scheduler in (self.first_scheduler, self.scheduler)
+        )
         return first + (self.num_generated_chunks - 1) * later
 
     # One chunk.
@@ -212,6 +233,11 @@ class WanRollout:
         self._steps_finite = []
         while self._seconds_before:
             timings.add_seconds(*self._seconds_before.popitem())
+        source_latents = None
+        if self.source is not None:
+            with timings.stage("encode"):
+                source_latents = self.source.next_latents(block.num_frames)
+            block = dataclasses.replace(block, stop=block.start + source_latents.shape[2])
 
         # 1. Bring the past up to date: the last chunk's clean keys and values, or all of them for a new prompt
         with timings.stage("clean_pass"):
@@ -223,7 +249,7 @@ class WanRollout:
                 latents = self._write_given(block)
         else:
             with timings.stage("denoise"):
-                latents = self._denoise(block)
+                latents = self._denoise(block, source_latents)
         self._clean_pass_due = not block.given
         self.history.append(latents)
         self.chunks_done, self.frames_done = block.index + 1, block.stop
@@ -290,11 +316,15 @@ class WanRollout:
         self._newest_block_frames = block.num_frames
         return latents
 
-    def _denoise(self, block: FrameBlock) -> torch.Tensor:
+    def _denoise(self, block: FrameBlock, source_latents: torch.Tensor | None = None) -> torch.Tensor:
         """The few-step denoise of a chunk: `(batch, channels, frames, height, width)` clean latents."""
         latents = self._noise(block)
         scheduler = self.first_scheduler if block.start == self.grid.given_frames else self.scheduler
-        for i, timestep in enumerate(scheduler.timesteps.tolist()):
+        timesteps = scheduler.timesteps.tolist()
+        if source_latents is not None:
+            timesteps = timesteps[len(timesteps) - self.config.num_source_steps(len(timesteps)) :]
+            latents = scheduler.add_noise(source_latents, latents, timesteps[0])
+        for i, timestep in enumerate(timesteps):
             flow = self._guided_flow(latents, timestep, block.start, first_step=i == 0)
             latents = scheduler.step(flow, timestep, latents, generator=self.generator).prev_sample
             if self._on_step_end is not None:

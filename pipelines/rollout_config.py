@@ -41,6 +41,7 @@ class RolloutConfig:
     cut_jump_frames: int = 42
     blend_chunks: int = 4
     max_sequence_length: int = 512
+    strength: float | None = None
     output_type: str = "np"
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class RolloutConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}; it must be above 0 (the source) and at most 1 (all new)")
         if not 0 <= self.context_noise <= 1000:
             raise ValueError(f"context_noise is {self.context_noise}; it is a timestep, 0 (clean) to 1000")
         for name, allowed in (
@@ -81,6 +84,10 @@ class RolloutConfig:
     @property
     def do_classifier_free_guidance(self) -> bool:
         return self.guidance_scale > 1.0
+
+    def num_source_steps(self, num_steps: int) -> int:
+        """Of `num_steps` denoising steps, the last ones that are made on a noised source video, at least 1."""
+        return num_steps if self.strength is None else max(1, min(num_steps, round(num_steps * self.strength)))
 
     @property
     def highest_position(self) -> int | None:

@@ -50,7 +50,7 @@ PACKED = (
 SAVED_APART = ("config", "scheduler", "generator", "cache", "negative_cache", "history", "vae_decoder")
 MADE_ANEW = (
     *("pipe", "batch_size", "device", "grid", "latent_height", "latent_width", "tokens_per_frame", "first_scheduler"),
-    *("_lock", "_failed", "_steps_finite", "on_progress", "_on_step_end"),
+    *("_lock", "_failed", "_steps_finite", "on_progress", "_on_step_end", "source"),
 )
 
 
@@ -135,6 +135,8 @@ def fork_rollout(rollout: "WanRollout") -> "WanRollout":
 @contextmanager
 def _between_steps(rollout: "WanRollout", verb: str) -> Iterator[None]:
     """Hold the rollout still. Raises `RuntimeError` where there is nothing whole to take."""
+    if rollout.source is not None:
+        raise RuntimeError(f"cannot {verb} this rollout: its source video is a stream and cannot be read twice")
     if not rollout._lock.acquire(blocking=False):
         raise RuntimeError(f"cannot {verb} this rollout during a step; do it between two steps")
     try:

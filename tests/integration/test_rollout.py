@@ -150,6 +150,14 @@ def test_without_end_memory_is_flat(pipe):
     assert set(held[5:]) == {held[-1]}
 
 
+def test_a_stream_without_end_goes_on_until_the_caller_stops(pipe):
+    stream = pipe.stream("x", **SIZE, window_frames=4, generator=generator())
+    chunks = list(itertools.islice(stream, 4))
+    stream.close()
+    expected = pipe("x", **SIZE, window_frames=4, num_frames=45, generator=generator()).frames
+    assert np.array_equal(frames_of(chunks), expected)
+
+
 def test_reset_makes_the_same_video_again(pipe):
     rollout = pipe.rollout("a red circle", **SIZE, num_frames=21, window_frames=4, generator=generator(3))
     first = list(rollout)

@@ -1,0 +1,59 @@
+"""The source of video-to-video: frames come in one by one and leave as latents, chunk by chunk."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from wan_autoregressive.models.streaming_vae import StreamingVaeEncoder, normalize_latents
+from wan_autoregressive.pipelines.prompts import expand_to_batch
+from wan_autoregressive.pipelines.video_frames import as_unit_floats
+
+if TYPE_CHECKING:
+    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+
+
+class SourceEndedError(RuntimeError):
+    """The source video has no frames left for another chunk."""
+
+
+class SourceVideo:
+    """Encodes a source video just as far as the rollout needs it.
+
+    Args:
+        frames: Frames one after the other, each an image or `(height, width, 3)`; an array or a list, or an iterator
+            such as a camera, of which no more is taken than the next chunk needs.
+        batch_size (`int`): Videos made from it.
+    """
+
+    def __init__(
+        self, pipe: "WanAutoregressivePipeline", frames: Iterable[Any], height: int, width: int, batch_size: int
+    ) -> None:
+        self._pipe = pipe
+        self._frames: Iterator[Any] = iter(frames)
+        self._size = {"height": height, "width": width}
+        self._batch_size = batch_size
+        self._encoder = StreamingVaeEncoder(pipe.vae)
+
+    def next_latents(self, num_frames: int) -> torch.Tensor:
+        """The next latents, normalised, `(batch, channels, up to num_frames, height, width)`; fewer at the end.
+
+        Raises:
+            SourceEndedError: not even one latent frame is left.
+        """
+        factor = self._pipe.vae_scale_factor_temporal
+        first = self._encoder.latent_frames_done == 0
+        wanted = num_frames * factor - (factor - 1 if first else 0)
+        pixels = list(itertools.islice(self._frames, wanted))
+        usable = (len(pixels) - 1) // factor * factor + 1 if first else len(pixels) // factor * factor
+        if usable < 1:
+            raise SourceEndedError("the source video has no frames left")
+        clip: Any = pixels[:usable]
+        if isinstance(clip[0], np.ndarray | torch.Tensor):
+            clip = np.stack([np.asarray(frame) for frame in clip])
+        video = self._pipe.video_processor.preprocess_video(as_unit_floats(clip), **self._size)
+        video = video.to(self._pipe._execution_device, self._pipe.vae.dtype)
+        latents = normalize_latents(self._pipe.vae, self._encoder.encode(video).mode()).float()
+        return expand_to_batch(latents, self._batch_size, "video")
