@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from wan_autoregressive.configs.messages import error_line
+from wan_autoregressive.configs.prompt_times import latent_frame_at, read_changes
 
 SIZE_MULTIPLE = 16  # pixels: 8 per latent of the Wan 2.1 VAE, times a patch of 2
 TABLE_STEPS = 1000  # training timesteps of every Wan model
@@ -56,6 +57,12 @@ def _parse_device(value: Any) -> Any:
     return value
 
 
+_ROLLOUT_FIELDS = (
+    *("height", "width", "num_frames", "chunk_frames", "first_chunk_frames", "first_chunk_steps", "window_frames"),
+    *("sink_frames", "sink_update", "sink_decay", "position_mode", "context_noise", "guidance_scale"),
+    *("switch_policy", "recache_sink", "max_sequence_length"),
+)
+
 Steps = Annotated[tuple[Annotated[float, Field(gt=0, le=TABLE_STEPS)], ...], BeforeValidator(_parse_steps)]
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 
@@ -69,9 +76,21 @@ class GenerateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: FilePath = Field(description="folder of the checkpoint (diffusers layout)")
-    prompt: Annotated[str | None, BeforeValidator(_parse_text)] = Field(None, description="what the video shows")
+    prompt: Annotated[str | None, BeforeValidator(_parse_text)] = Field(
+        None,
+        description="what the video shows; repeat as '0: a fox', '5s: it snows' to change it (a plain number is a latent frame)",
+    )
     prompts: FilePath | None = Field(
         None, description="text file with a prompt per line, each rendered to its own mp4"
+    )
+    prompt_changes: Annotated[dict[str, str] | None, BeforeValidator(read_changes)] = Field(
+        None, description="later prompts by time (5s, or a latent frame), a yaml or JSON file; see also prompt"
+    )
+    switch_policy: Literal["recache", "cross_attention", "flush", "cut", "blend"] = Field(
+        "recache", description="what happens to the past when the prompt changes"
+    )
+    recache_sink: Literal["keep", "refresh"] = Field(
+        "keep", description="whether a re-cache keeps the sink or makes the window's oldest frames the new one"
     )
     negative_prompt: str | None = Field(None, description="what to avoid; matters when guidance-scale is above 1")
     output: FilePath = Field(description="the mp4 to write; with --prompts the folder to write them to")
@@ -88,6 +107,9 @@ class GenerateConfig(BaseModel):
     denoising_steps: Steps | None = Field(
         None, description="a count, or descending timesteps such as 1000,750,500,250; the model's own when not given"
     )
+    first_chunk_steps: Steps | None = Field(
+        None, description="steps of the first chunk; as the other chunks' when not given"
+    )
     shift: float | None = Field(None, gt=0, description="timestep shift; the model's own when not given")
     warp: bool | None = Field(
         None, description="look the steps up in the shifted table; the model's own when not given"
@@ -103,6 +125,13 @@ class GenerateConfig(BaseModel):
         None, ge=1, description="latent frames attended to, sink and chunk included; everything when not given"
     )
     sink_frames: int = Field(0, ge=0, description="first latent frames that never leave the window")
+    sink_update: Literal["static", "moving_average"] = Field(
+        "static", description="whether frames that leave the window change the sink"
+    )
+    sink_decay: float = Field(0.999, ge=0, le=1, description="share of itself that a moving-average sink keeps")
+    position_mode: Literal["absolute", "relative"] = Field(
+        "absolute", description="count frames from the start (ends at 1024 latent frames) or by place in the window"
+    )
     context_noise: float = Field(0.0, ge=0, le=TABLE_STEPS, description="timestep at which finished chunks are cached")
     max_sequence_length: int = Field(512, ge=1, le=65536, description="longest prompt in tokens")
 
@@ -117,9 +146,24 @@ class GenerateConfig(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> GenerateConfig:
         self._check_inputs()
+        self.prompt_schedule()
         self._check_sizes()
         self._check_window()
         return self
+
+    def rollout_settings(self) -> dict[str, Any]:
+        """What decides how a video is made and what it takes, under the pipeline's names."""
+        return {name: getattr(self, name) for name in _ROLLOUT_FIELDS}
+
+    def prompt_schedule(self) -> dict[int, str]:
+        """Later prompts by latent frame. Raises `ValueError` for a time that cannot be read or is not later."""
+        schedule: dict[int, str] = {}
+        for time, prompt in (self.prompt_changes or {}).items():
+            frame = latent_frame_at(time, self.fps)
+            if frame == 0 or frame in schedule or not prompt.strip():
+                raise ValueError(f"prompt_changes at {time!r}: it must have a text and a time of its own, after 0")
+            schedule[frame] = prompt
+        return schedule
 
     def _check_inputs(self) -> None:
         if (self.prompt is None) == (self.prompts is None):
@@ -141,11 +185,14 @@ class GenerateConfig(BaseModel):
                 )
             if value * self.scale > 16384:
                 raise ValueError(f"{name} {value} times scale {self.scale} is more than the 16384 pixels H.264 allows")
-        steps = self.denoising_steps
-        if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
-            raise ValueError(f"denoising_steps must descend, got {', '.join(f'{step:g}' for step in steps) or 'none'}")
+        for name in ("denoising_steps", "first_chunk_steps"):
+            steps = getattr(self, name)
+            if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
+                raise ValueError(f"{name} must descend, got {', '.join(f'{step:g}' for step in steps) or 'none'}")
 
     def _check_window(self) -> None:
+        if self.sink_update == "moving_average" and not (self.sink_frames and self.position_mode == "relative"):
+            raise ValueError("sink_update moving_average needs sink_frames and position_mode relative")
         if self.window_frames is None:
             if self.sink_frames:
                 raise ValueError(

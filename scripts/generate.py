@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     config = with_model_defaults(config, pipe)
     # Pixel frames to latent frames: the first is one of its own.
     given_latents = 0 if given is None else (len(given) - 1) // pipe.vae_scale_factor_temporal + 1
-    plan = pipe.plan(**_plan_arguments(config), given_frames=given_latents)
+    plan = pipe.plan(**config.rollout_settings(), given_frames=given_latents)
     if args.dry_run:
         for job in jobs:
             check_prompts(pipe, config, job.prompt)
@@ -148,7 +148,8 @@ def load_given(config: GenerateConfig) -> Pixels | None:
 
 def check_prompts(pipe: Any, config: GenerateConfig, prompt: str) -> None:
     """Raise ValueError when a prompt has more tokens than are kept, since the rest would be dropped in silence."""
-    for name, text in (("prompt", prompt), ("negative_prompt", config.negative_prompt)):
+    changes = [(f"prompt at latent frame {frame}", text) for frame, text in config.prompt_schedule().items()]
+    for name, text in (("prompt", prompt), ("negative_prompt", config.negative_prompt), *changes):
         if text is None:
             continue
         count = len(pipe.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
@@ -181,9 +182,8 @@ def render(
 
     check_prompts(pipe, config, job.prompt)
     times = RunTimes()
-    arguments = _plan_arguments(config) | {
-        "context_noise": config.context_noise,
-        "max_sequence_length": config.max_sequence_length,
+    arguments = config.rollout_settings() | {
+        "prompt_schedule": config.prompt_schedule(),
         "negative_prompt": config.negative_prompt,
         "generator": torch.Generator("cpu").manual_seed(seed),  # the same noise whatever the device
         "video": None if given is None else given[None],
@@ -225,9 +225,3 @@ def _render_to_file(
     size = f"{config.width * config.scale}x{config.height * config.scale}"
     rate = f"{times.frames_per_second:.2f} frames/s, first after {times.first_chunk_s or 0:.2f} s"
     print(f"{job.output}: {times.frames} frames of {size} in {times.total_s:.1f} s ({rate}), seed {seed}", flush=True)
-
-
-def _plan_arguments(config: GenerateConfig) -> dict[str, Any]:
-    """What decides how long a video takes and how much memory; the pipeline's names for it."""
-    names = ("height", "width", "num_frames", "chunk_frames", "first_chunk_frames", "window_frames", "sink_frames")
-    return {name: getattr(config, name) for name in (*names, "guidance_scale")}

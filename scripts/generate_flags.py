@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 
 from wan_autoregressive.configs import GenerateConfig, load_preset, preset_names, resolve_config
+from wan_autoregressive.configs.prompt_times import split_timed_prompts
 
 # Flags with a shorter name than their field has in Python, and what they take where the type does not say it.
 _SHORT_FLAGS = {"denoising_steps": "--steps"}
@@ -30,6 +31,8 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
         if bool in kinds:
             options["action"] = argparse.BooleanOptionalAction
+        elif name == "prompt":
+            options |= {"action": "append", "metavar": "TEXT|TIME: TEXT"}
         else:
             # The words go to pydantic as they are: one place that converts, one wording of what is wrong.
             options["metavar"] = _METAVARS.get(name) or _metavar(kinds)
@@ -43,6 +46,10 @@ def config_from_args(args: argparse.Namespace) -> GenerateConfig:
         ValueError: in one line, what is unknown, missing or out of range.
     """
     flags = {name: value for name, value in vars(args).items() if name in GenerateConfig.model_fields}
+    if "prompt" in flags:
+        flags["prompt"], changes = split_timed_prompts(flags["prompt"])
+        if changes:
+            flags["prompt_changes"] = changes | flags.get("prompt_changes", {})
     return resolve_config(load_preset(args.config) if args.config is not None else {}, flags)
 
 

@@ -82,7 +82,14 @@ def test_a_later_layer_replaces_what_excludes_it() -> None:
 
 
 def test_every_preset_is_a_recipe_and_nothing_else() -> None:
-    assert preset_names() == ["causal_forcing_framewise", "causvid", "longlive", "self_forcing"]
+    assert preset_names() == [
+        "causal_forcing_framewise",
+        "causvid",
+        "infinity_rope",
+        "longlive",
+        "reward_forcing",
+        "self_forcing",
+    ]
     for name in preset_names():
         preset = load_preset(name)
         assert not preset.keys() & {"model", "prompt", "prompts", "output", "seed", "image", "video", "device"}
