@@ -2,6 +2,7 @@
 
 import torch
 
+from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.token_window import Span, TokenWindow, WriteMode, WritePlan
 
@@ -32,6 +33,8 @@ class WanKVBlockCache:
         self._plan: WritePlan | None = None
         self._key: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
+        self._written_sink_key: torch.Tensor | None = None
+        """The sink's keys as they were written, once they are moved."""
 
     def plan(self, num_tokens: int, mode: WriteMode) -> None:
         """Settle which slots the next `write` fills. Raises `ValueError` if the chunk does not fit."""
@@ -88,12 +91,36 @@ class WanKVBlockCache:
             if buffer is not None and source:
                 buffer[:, start:stop] = torch.cat([buffer[:, a:b] for a, b in source], dim=1)
 
+    def move_window(self, rotation: RotaryEmbedding) -> None:
+        """Rotate all keys but the sink's."""
+        if self._key is not None:
+            window = self._key[:, self.window.sink_size : self.window.state.length]
+            window.copy_(apply_rotary_emb(window, *rotation))
+
+    def move_sink(self, rotation: RotaryEmbedding) -> None:
+        """Rotate the sink's keys, starting from how they were written."""
+        if self._key is None:
+            return
+        sink = self._key[:, : self.window.sink_size]
+        if self._written_sink_key is None:
+            self._written_sink_key = sink.clone()
+        sink.copy_(apply_rotary_emb(self._written_sink_key, *rotation))
+
+    def forget_sink(self) -> None:
+        """The sink is about to be replaced."""
+        self._written_sink_key = None
+
     @property
     def planned_places(self) -> tuple[Span, ...]:
         """Places in time order of the tokens that the planned `write` returns, for runs of slots."""
         if self._plan is None:
             raise RuntimeError("no write is planned")
         return self.window.places(self._plan.state_after)
+
+    @property
+    def planned_length(self) -> int:
+        """Tokens held once the planned `write` is done."""
+        return self.window.state.length if self._plan is None else self._plan.state_after.length
 
     @property
     def planned_tokens(self) -> int:
@@ -104,6 +131,7 @@ class WanKVBlockCache:
         """Forget all tokens; the buffers stay allocated for the next video if it has the same shape."""
         self.window.reset()
         self._plan = None
+        self._written_sink_key = None
 
     def release(self) -> None:
         """Forget all tokens and free the buffers."""
@@ -123,8 +151,9 @@ class WanKVBlockCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of both buffers, 0 before the first write."""
-        return sum(b.numel() * b.element_size() for b in (self._key, self._value) if b is not None)
+        """Bytes of the buffers and of a moved sink's copy, 0 before the first write."""
+        buffers = (self._key, self._value, self._written_sink_key)
+        return sum(b.numel() * b.element_size() for b in buffers if b is not None)
 
     def _chronological(self, buffer: torch.Tensor | None) -> torch.Tensor | None:
         spans = self.window.chronological_spans()

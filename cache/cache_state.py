@@ -7,6 +7,7 @@ import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
 from wan_autoregressive.cache.kv_cache import WanKVCache
+from wan_autoregressive.cache.sliding_positions import SlidingPositions
 from wan_autoregressive.cache.token_window import WindowState
 
 SAVED_ATTRIBUTES = ("_mode", "jump_frames")
@@ -21,6 +22,7 @@ def cache_state(cache: WanKVCache) -> dict[str, Any]:
         slot order: the order in which attention adds up, so that what follows is the same to the bit.
     """
     return {
+        "sliding_positions": dataclasses.asdict(cache.sliding_positions),
         "attributes": {name: getattr(cache, name) for name in SAVED_ATTRIBUTES},
         "blocks": [_block_state(block) for block in cache.block_caches],
     }
@@ -38,6 +40,9 @@ def load_cache_state(cache: WanKVCache, state: dict[str, Any], device: torch.dev
         block.window.state = WindowState(**saved["window"])
         block._key = _buffer(saved["key"], saved["capacity"], device)
         block._value = _buffer(saved["value"], saved["capacity"], device)
+        written = saved["written_sink_key"]
+        block._written_sink_key = None if written is None else written.to(device, copy=True)
+    cache.sliding_positions = SlidingPositions(**state["sliding_positions"])
     for name, value in state["attributes"].items():
         setattr(cache, name, value)
 
@@ -49,6 +54,7 @@ def _block_state(block: WanKVBlockCache) -> dict[str, Any]:
         "window": dataclasses.asdict(block.window.state),
         "capacity": 0 if block._key is None else block._key.shape[1],
         "key": None if empty else block._key[:, :length],  # type: ignore[index]
+        "written_sink_key": block._written_sink_key,
         "value": None if empty else block._value[:, :length],  # type: ignore[index]
     }
 

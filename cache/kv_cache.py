@@ -1,10 +1,18 @@
 """The rolling KV cache of a causal Wan transformer: one object per video (two with guidance)."""
 
+from collections.abc import Callable
+from typing import Literal, get_args
+
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
+from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
+from wan_autoregressive.cache.sliding_positions import SlidingPositions
 from wan_autoregressive.cache.token_window import WriteMode
+
+PositionMode = Literal["absolute", "relative", "sink_relative"]
+POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
 
 
 class WanKVCache:
@@ -34,11 +42,14 @@ class WanKVCache:
         sink_size (`int`, defaults to 0): First tokens of the video that are never evicted (LongLive's frame sink).
         max_tokens (`int`, *optional*): Without a window, the tokens to allocate at once if the length of the video
             is known; otherwise buffers double when full. With a window it must not be given.
-        relative_positions (`bool`, defaults to `False`): Keep keys without rotary embedding and rotate them by their
-            place in the window at every use, so that positions stay below the window's size however long the video
-            is (Infinity-RoPE, Reward-Forcing). Until the first eviction the result is that of absolute positions.
+        position_mode (`str`, defaults to `"absolute"`): What the position of a cached frame is. Until the first
+            eviction all modes are the same; afterwards the two relative ones give the same attention, without end.
+            `absolute`: its number in the video, up to the end of the rotary table. `relative`: its place in the
+            window; keys are kept without rotary embedding and rotated at every use (Infinity-RoPE, Reward-Forcing).
+            `sink_relative`: as absolute, but the sink is moved up to the window, once per chunk, and all positions
+            start again from the beginning of the table when they reach its end; nearly free.
         sink_update ([`SinkUpdate`], *optional*): How the sink takes up what is evicted, e.g. a
-            [`MovingAverageSink`]. Needs `relative_positions`, since averages of rotated keys mean nothing.
+            [`MovingAverageSink`]. Needs `position_mode="relative"`, since averages of rotated keys mean nothing.
 
     Raises:
         ValueError: sizes that cannot work together, a chunk that does not fit, an overwrite without a chunk of the
@@ -51,7 +62,7 @@ class WanKVCache:
         window_size: int = -1,
         sink_size: int = 0,
         max_tokens: int | None = None,
-        relative_positions: bool = False,
+        position_mode: PositionMode = "absolute",
         sink_update: SinkUpdate | None = None,
     ) -> None:
         if num_blocks < 1:
@@ -61,15 +72,18 @@ class WanKVCache:
                 f"max_tokens is {max_tokens} with window_size {window_size}; it must be at least 1 and is only for "
                 "a cache without a window"
             )
-        if sink_update is not None and not (relative_positions and sink_size):
+        if position_mode not in POSITION_MODES:
+            raise ValueError(f"position_mode is {position_mode!r}; allowed are {', '.join(POSITION_MODES)}")
+        if sink_update is not None and not (position_mode == "relative" and sink_size):
             raise ValueError(
-                f"a sink_update needs a sink and relative_positions; got sink_size {sink_size} and relative_positions "
-                f"{relative_positions}"
+                f"a sink_update needs a sink and position_mode 'relative'; got sink_size {sink_size} and "
+                f"{position_mode!r}"
             )
         self.block_caches = [
             WanKVBlockCache(window_size, sink_size, max_tokens, sink_update) for _ in range(num_blocks)
         ]
-        self.relative_positions = relative_positions
+        self.position_mode = position_mode
+        self.sliding_positions = SlidingPositions()
         self.jump_frames = 0
         """With relative positions: how far the newest chunk is moved away from the past (a hard cut)."""
         self.window_size = window_size
@@ -156,6 +170,34 @@ class WanKVCache:
             positions.append((max(start, newest) + jump, stop + jump))
         return [(start // tokens_per_frame, stop // tokens_per_frame) for start, stop in positions if start < stop]
 
+    def slide(
+        self,
+        start_frame: int,
+        num_frames: int,
+        tokens_per_frame: int,
+        max_positions: int,
+        rotation: Callable[[int], RotaryEmbedding],
+    ) -> int:
+        """After `begin_forward`, for `sink_relative`: bring positions up to date; returns that of the first frame.
+
+        Args:
+            start_frame, num_frames (`int`): The chunk, in frames of the video.
+            max_positions (`int`): Rows of the rotary table.
+            rotation (`Callable`): cos and sin of a rotation by some frames, negative ones too.
+        """
+        held_frames = self.block_caches[0].planned_length // tokens_per_frame
+        if self._mode == "rewrite_all":
+            self.sliding_positions.forget_sink()
+        moves = self.sliding_positions.advance(start_frame, num_frames, held_frames, max_positions)
+        for block in self.block_caches:
+            if self._mode == "rewrite_all":
+                block.forget_sink()
+            if moves.window_shift:
+                block.move_window(rotation(moves.window_shift))
+            if moves.sink_shift is not None and self.sink_size:
+                block.move_sink(rotation(moves.sink_shift))
+        return moves.query_start
+
     def keep_newest(self, num_tokens: int) -> None:
         """Forget all but the sink and the newest `num_tokens` tokens (Infinity-RoPE's flush at a prompt switch)."""
         if num_tokens < 0:
@@ -167,15 +209,18 @@ class WanKVCache:
         """Clear all blocks between videos: no tokens, append mode. Buffers are kept for reuse."""
         for block in self.block_caches:
             block.reset()
-        self._mode = "append"
-        self.jump_frames = 0
+        self._start_anew()
 
     def release(self) -> None:
         """Clear all blocks and free their memory."""
         for block in self.block_caches:
             block.release()
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._mode = "append"
         self.jump_frames = 0
+        self.sliding_positions = SlidingPositions()
 
     @property
     def num_blocks(self) -> int:

@@ -78,7 +78,7 @@ class GenerateConfig(BaseModel):
     model: FilePath = Field(description="folder of the checkpoint (diffusers layout)")
     prompt: Annotated[str | None, BeforeValidator(_parse_text)] = Field(
         None,
-        description="what the video shows; repeat as '0: a fox', '5s: it snows' to change it (a plain number is a latent frame)",
+        description="what the video shows; repeat as '0: a fox', '5s: it snows' to change it (30: latent frame)",
     )
     prompts: FilePath | None = Field(
         None, description="text file with a prompt per line, each rendered to its own mp4"
@@ -129,7 +129,7 @@ class GenerateConfig(BaseModel):
         "static", description="whether frames that leave the window change the sink"
     )
     sink_decay: float = Field(0.999, ge=0, le=1, description="share of itself that a moving-average sink keeps")
-    position_mode: Literal["absolute", "relative"] = Field(
+    position_mode: Literal["absolute", "relative", "sink_relative"] = Field(
         "absolute", description="count frames from the start (ends at 1024 latent frames) or by place in the window"
     )
     context_noise: float = Field(0.0, ge=0, le=TABLE_STEPS, description="timestep at which finished chunks are cached")

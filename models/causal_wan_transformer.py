@@ -24,8 +24,7 @@ from diffusers.models.transformers.transformer_wan import (
 from diffusers.utils import apply_lora_scale
 
 from wan_autoregressive.cache import WanKVBlockCache, WanKVCache
-
-RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
+from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 
 
 class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
@@ -56,6 +55,11 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
             self._lay_out(self.freqs_cos, positions, height, width),
             self._lay_out(self.freqs_sin, positions, height, width),
         )
+
+    def rotation(self, frames: int) -> RotaryEmbedding:
+        """cos and sin that move keys by some frames in time, forward or back."""
+        cos, sin = self.at([(abs(frames), abs(frames) + 1)], 1, 1)
+        return cos, sin if frames >= 0 else -sin
 
     def _lay_out(
         self, table: torch.Tensor, positions: Sequence[tuple[int, int]], height: int, width: int
@@ -130,16 +134,6 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         )
         hidden_states = hidden_states.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](hidden_states))
-
-
-def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate channel pairs of `(batch, tokens, heads, head_dim)` by tables `(1, tokens, 1, head_dim)`."""
-    even, odd = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    rotated = torch.empty_like(hidden_states)
-    rotated[..., 0::2] = even * cos - odd * sin
-    rotated[..., 1::2] = even * sin + odd * cos
-    return rotated
 
 
 class CausalWanTransformerBlock(WanTransformerBlock):
@@ -298,10 +292,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         self, hidden_states: torch.Tensor, frame_offset: int, kv_cache: WanKVCache | None
     ) -> tuple[RotaryEmbedding, RotaryEmbedding | None]:
         """Tables for the chunk, and for all cached keys if they are rotated when used."""
-        if kv_cache is None or not kv_cache.relative_positions:
+        if kv_cache is None or kv_cache.position_mode == "absolute":
             return self.rope(hidden_states, frame_offset), None
         frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
-        positions = kv_cache.planned_frame_positions(tokens_per_frame=height * width)
+        tokens_per_frame = height * width
+        if kv_cache.position_mode == "sink_relative":
+            offset = kv_cache.slide(frame_offset, frames, tokens_per_frame, self.rope.max_seq_len, self.rope.rotation)
+            return self.rope(hidden_states, offset), None
+        positions = kv_cache.planned_frame_positions(tokens_per_frame)
         newest = max(stop for _, stop in positions)
         return self.rope(hidden_states, newest - frames), self.rope.at(positions, height, width)
 

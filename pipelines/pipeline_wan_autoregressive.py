@@ -17,6 +17,7 @@ from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from wan_autoregressive.cache import MovingAverageSink, WanKVCache
+from wan_autoregressive.cache.kv_cache import PositionMode
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.streaming_vae import (
     StreamingVaeEncoder,
@@ -270,7 +271,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         flush_frames: int = 2,
         cut_jump_frames: int = 42,
         blend_chunks: int = 4,
-        position_mode: str = "absolute",
+        position_mode: PositionMode = "absolute",
         sink_update: str = "static",
         sink_decay: float = 0.999,
         first_chunk_steps: tuple[float, ...] | list[float] | None = None,
@@ -317,7 +318,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             recache_sink (`str`, defaults to `"keep"`): Whether the sink keeps the old prompt's keys and values, or
                 `refresh`: the oldest frames of the window become the new sink.
             position_mode (`str`, defaults to `"absolute"`): `absolute` counts frames from the start of the video, up
-                to 1024; `relative` by their place in the window, without end. Both are equal until the first eviction.
+                to 1024; `relative` by their place in the window, without end; `sink_relative` is `relative` for nearly
+                nothing, see [`WanKVCache`]. All are equal until the first eviction.
             sink_update (`str`, defaults to `"static"`): `moving_average` folds evicted frames into the sink, which
                 keeps `sink_decay` of itself each time (Reward-Forcing). Needs relative positions.
             first_chunk_steps (`Sequence[float]`, *optional*): Own step list for the first generated chunk.
@@ -516,7 +518,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             window_size=config.window_frames * per_frame if config.window_frames is not None else -1,
             sink_size=config.sink_frames * per_frame,
             max_tokens=total_frames * per_frame if total_frames is not None and not windowed else None,
-            relative_positions=config.position_mode == "relative",
+            position_mode=config.position_mode,
             sink_update=MovingAverageSink(config.sink_decay) if config.sink_update == "moving_average" else None,
         )
 

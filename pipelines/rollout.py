@@ -353,7 +353,7 @@ class WanRollout:
 
     def jump(self, num_frames: int) -> None:
         """Move the next chunk away from the past in time: for good, or with relative positions while it is newest."""
-        if self.config.position_mode == "absolute":
+        if self.config.position_mode != "relative":
             self._position_shift += num_frames
         for cache, _ in self.branches():
             cache.jump_frames = num_frames

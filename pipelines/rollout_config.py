@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+from wan_autoregressive.cache.kv_cache import POSITION_MODES, PositionMode
+
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 SWITCH_POLICIES = ("recache", "cross_attention", "flush", "cut", "blend")
-POSITION_MODES = ("absolute", "relative")
 SINK_UPDATES = ("static", "moving_average")
 RECACHE_SINKS = ("keep", "refresh")
 
@@ -32,7 +33,7 @@ class RolloutConfig:
     num_inference_steps: int | None = None
     denoising_steps: tuple[float, ...] | None = None
     first_chunk_steps: tuple[float, ...] | None = None
-    position_mode: str = "absolute"
+    position_mode: PositionMode = "absolute"
     sink_update: str = "static"
     sink_decay: float = 0.999
     switch_policy: str = "recache"
@@ -92,9 +93,9 @@ class RolloutConfig:
     @property
     def highest_position(self) -> int | None:
         """Frames that the positions of the video span; `None` if they grow without end."""
-        if self.position_mode == "relative" and self.window_frames is not None:
-            return self.window_frames + (self.cut_jump_frames if self.switch_policy == "cut" else 0)
-        return None
+        if self.position_mode == "absolute" or self.window_frames is None:
+            return None
+        return self.window_frames + (self.cut_jump_frames if self.switch_policy == "cut" else 0)
 
     def _check_window(self) -> None:
         if self.sink_update == "moving_average" and (self.position_mode != "relative" or not self.sink_frames):

@@ -5,7 +5,7 @@ import torch
 
 from wan_autoregressive import CausalWanTransformer3DModel, WanKVCache
 from wan_autoregressive.cache import MovingAverageSink
-from wan_autoregressive.models.causal_wan_transformer import apply_rotary_emb
+from wan_autoregressive.cache.rotary import apply_rotary_emb
 
 HEIGHT, WIDTH = 4, 4
 TOKENS_PER_FRAME = 4
@@ -77,7 +77,7 @@ class NaiveProcessor:
         return attn.to_out[0](self.frames.attend(attn, query, key, value))
 
 
-def compare_with_naive(model, chunks: list[int], window: int, sink: int, decay: float | None, check_every: int = 1):
+def compare_with_naive(model, chunks: list[int], window: int, sink: int, decay: float | None, mode: str = "relative"):
     naive_model = CausalWanTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     naive_model.load_state_dict(model.state_dict())
     naive = [NaiveFrames(model, window, sink, decay) for _ in model.blocks]
@@ -87,7 +87,7 @@ def compare_with_naive(model, chunks: list[int], window: int, sink: int, decay: 
         len(model.blocks),
         window_size=window * TOKENS_PER_FRAME,
         sink_size=sink * TOKENS_PER_FRAME,
-        relative_positions=True,
+        position_mode=mode,
         sink_update=None if decay is None else MovingAverageSink(decay),
     )
     text, worst = randn(1, 5, TEXT_DIM), 0.0
@@ -101,34 +101,39 @@ def compare_with_naive(model, chunks: list[int], window: int, sink: int, decay: 
                 cache.enable_append_mode()
             else:
                 cache.enable_overwrite_mode()
-            # The frame offset is of no account.
-            got = model(latents, timestep, text, attention_kwargs={"kv_cache": cache}, frame_offset=number).sample
+            offset = sum(chunks[:number])
+            got = model(latents, timestep, text, attention_kwargs={"kv_cache": cache}, frame_offset=offset).sample
             expected = naive_model(latents, timestep, text).sample
             worst = max(worst, float((got - expected).abs().max()))
     return worst
 
 
-@pytest.mark.parametrize("decay", [None, 0.9])
+MODES = [("relative", None), ("relative", 0.9), ("sink_relative", None)]
+
+
+@pytest.mark.parametrize(("mode", "decay"), MODES)
 @pytest.mark.parametrize(
     ("chunks", "window", "sink"),
     [([3] * 6, 9, 3), ([3] * 6, 7, 1), ([1] * 9, 4, 1), ([2, 4, 1, 3, 2, 4, 3], 7, 2), ([4] * 4, 8, 3)],
 )
 @torch.no_grad()
-def test_equals_keys_rotated_anew_at_every_call(model, chunks, window, sink, decay):
-    assert compare_with_naive(model, chunks, window, sink, decay) < 1e-5
+def test_equals_keys_rotated_anew_at_every_call(model, chunks, window, sink, mode, decay):
+    assert compare_with_naive(model, chunks, window, sink, decay, mode) < 1e-5
 
 
-@pytest.mark.parametrize("decay", [None, 0.999])
+@pytest.mark.parametrize(("mode", "decay"), MODES)
 @torch.no_grad()
-def test_does_not_drift_over_500_chunks(model, decay):
-    assert compare_with_naive(model, [3] * 500, 9, 3, decay) < 1e-5
+def test_does_not_drift_over_500_chunks(model, mode, decay):
+    """1,500 frames: the rotary table ends on the way."""
+    assert compare_with_naive(model, [3] * 500, 9, 3, decay, mode) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["relative", "sink_relative"])
 @torch.no_grad()
-def test_equals_absolute_positions_until_the_first_eviction(model):
+def test_equals_absolute_positions_until_the_first_eviction(model, mode):
     text = randn(1, 5, TEXT_DIM)
     absolute = WanKVCache(2, window_size=9 * TOKENS_PER_FRAME, sink_size=3 * TOKENS_PER_FRAME)
-    relative = WanKVCache(2, window_size=9 * TOKENS_PER_FRAME, sink_size=3 * TOKENS_PER_FRAME, relative_positions=True)
+    relative = WanKVCache(2, window_size=9 * TOKENS_PER_FRAME, sink_size=3 * TOKENS_PER_FRAME, position_mode=mode)
     for start in range(0, 12, 3):
         latents = randn(1, 4, 3, HEIGHT, WIDTH, seed=start)
         outputs = [
@@ -145,7 +150,8 @@ def test_equals_absolute_positions_until_the_first_eviction(model):
 def test_without_a_sink_only_distances_count(model):
     """Without a sink all distances are those of absolute positions, and so is the result."""
     text = randn(1, 5, TEXT_DIM)
-    caches = [WanKVCache(2, window_size=6 * TOKENS_PER_FRAME, relative_positions=r) for r in (False, True)]
+    modes = ("absolute", "relative")
+    caches = [WanKVCache(2, window_size=6 * TOKENS_PER_FRAME, position_mode=mode) for mode in modes]
     for start in range(0, 30, 3):
         latents = randn(1, 4, 3, HEIGHT, WIDTH, seed=start)
         kwargs = {"frame_offset": start}
@@ -156,7 +162,14 @@ def test_without_a_sink_only_distances_count(model):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"sink_update": "moving_average"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"position_mode": "relative"},
+        {"position_mode": "relative", "sink_update": "moving_average"},
+        {"position_mode": "sink_relative"},
+    ],
+)
 def test_runs_past_the_rotary_table(pipe, options):
     """1,200 latent frames, where absolute positions end at 1,024."""
     rollout = pipe.rollout(
@@ -166,7 +179,6 @@ def test_runs_past_the_rotary_table(pipe, options):
         window_frames=12,
         sink_frames=3,
         chunk_frames=8,
-        position_mode="relative",
         num_inference_steps=1,
         output_type="latent",
         **options,
@@ -184,7 +196,7 @@ def test_runs_past_the_rotary_table(pipe, options):
             chunk = rollout.step()
     finally:
         del pipe.transformer.rope.at
-    assert max(highest) == 12
+    assert max(highest) <= (12 if options["position_mode"] == "relative" else 1024)
     assert chunk.latents.isfinite().all()
 
 
@@ -199,7 +211,7 @@ def test_absolute_positions_end_with_the_table(pipe):
 
 
 def test_a_jump_moves_only_the_newest_chunk(model):
-    cache = WanKVCache(2, window_size=6 * TOKENS_PER_FRAME, sink_size=TOKENS_PER_FRAME, relative_positions=True)
+    cache = WanKVCache(2, window_size=6 * TOKENS_PER_FRAME, sink_size=TOKENS_PER_FRAME, position_mode="relative")
     key = randn(1, 2 * TOKENS_PER_FRAME, 2, 20)
     for number in range(4):
         cache.jump_frames = 40 if number == 3 else 0
@@ -214,8 +226,8 @@ def test_a_jump_moves_only_the_newest_chunk(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sink_update": MovingAverageSink()}, "needs a sink and relative_positions"),
-        ({"sink_update": MovingAverageSink(), "window_size": 8, "sink_size": 4}, "needs a sink and relative"),
+        ({"sink_update": MovingAverageSink()}, "needs a sink and position_mode"),
+        ({"sink_update": MovingAverageSink(), "window_size": 8, "sink_size": 4}, "needs a sink and position_mode"),
     ],
 )
 def test_refuses_averages_of_rotated_keys(arguments, message):
@@ -227,7 +239,7 @@ def test_refuses_averages_of_rotated_keys(arguments, message):
 
 @torch.no_grad()
 def test_refuses_parts_of_frames(model):
-    cache = WanKVCache(2, window_size=4 * TOKENS_PER_FRAME - 1, relative_positions=True)
+    cache = WanKVCache(2, window_size=4 * TOKENS_PER_FRAME - 1, position_mode="relative")
     arguments = (randn(1, 4, 3, HEIGHT, WIDTH), torch.zeros(1), randn(1, 5, TEXT_DIM))
     model(*arguments, attention_kwargs={"kv_cache": cache})
     with pytest.raises(ValueError, match="whole frames of 4 tokens"):
