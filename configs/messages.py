@@ -34,7 +34,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 def unknown_key_line(key: object, known: Iterable[str]) -> str:
     """Say that `key` is not a setting and which one is nearest."""
     near = nearest(str(key), known)
-    return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else "")
+    return f"unknown key {one_line(repr(str(key)))}" + (f"; did you mean '{near}'?" if near else "")
 
 
 def error_line(error: ValidationError, known: Iterable[str]) -> str:
@@ -54,7 +54,12 @@ def error_line(error: ValidationError, known: Iterable[str]) -> str:
             rule = item["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
             rule = rule.replace("less than or equal to", "at most").removeprefix("Value error, ")
             problems[f"{key}: {rule}, got {_shorten(item['input'])}"] = None
-    return "; ".join(problems)
+    return one_line("; ".join(problems))
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space, line breaks of all alphabets included, as one space."""
+    return " ".join(text.split())
 
 
 def _shorten(value: object) -> str:
