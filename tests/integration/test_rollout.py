@@ -141,13 +141,14 @@ def test_the_plan_counts_what_is_done(pipe, count_forwards):
 
 
 def test_without_end_memory_is_flat(pipe):
-    rollout = pipe.rollout("x", **SIZE, window_frames=4, sink_frames=1, chunk_frames=1, num_inference_steps=1)
+    options = {"window_frames": 4, "sink_frames": 1, "chunk_frames": 1, "position_mode": "sink_relative"}
+    rollout = pipe.rollout("x", height=16, width=16, **options, num_inference_steps=1)
     held = []
-    for _ in range(40):
+    for _ in range(300):
         rollout.step()
         held.append((rollout.cache.allocated_bytes, rollout.vae_decoder.state_bytes, rollout.history.nbytes))
     assert not rollout.done
-    assert set(held[5:]) == {held[-1]}
+    assert set(held[19:]) == {held[-1]}
 
 
 def test_a_stream_without_end_goes_on_until_the_caller_stops(pipe):
@@ -234,6 +235,37 @@ def test_given_latents_come_first(pipe, count_forwards):
     assert torch.equal(torch.cat([chunk.latents for chunk in chunks if chunk.given], dim=2), given)
     assert count_forwards[:2] == [(0, 3, 0.0, "append"), (3, 1, 0.0, "append")]
     assert frames_of(chunks).shape[1] == 33
+
+
+def test_given_frames_may_be_longer_than_the_window(pipe):
+    """Two videos at once; the cache rolls while the given frames are written, as if they had been generated."""
+    given = torch.randn(2, 16, 10, 4, 4, generator=generator(5))
+    options = {"window_frames": 6, "sink_frames": 1, "output_type": "latent"}
+    rollout = pipe.rollout(
+        ["one", "two"], **SIZE, num_frames=49, video_latents=given, generator=generator(), **options
+    )
+    chunks = list(rollout)
+    assert [(chunk.start_frame, chunk.given) for chunk in chunks] == [
+        *((0, True), (3, True), (6, True), (9, True)),
+        *((10, False), (12, False)),
+    ]
+    for i, prompt in enumerate(("one", "two")):
+        cache = WanKVCache(len(pipe.transformer.blocks), rollout.cache.window_size, rollout.cache.sink_size)
+        embeds = pipe.encode_for_rollout(prompt, 1).embeds
+        for start, stop in ((0, 3), (3, 6), (6, 9), (9, 10)):
+            with torch.no_grad():
+                pipe.transformer(
+                    given[i : i + 1, :, start:stop],
+                    torch.zeros(1),
+                    embeds,
+                    frame_offset=start,
+                    attention_kwargs={"kv_cache": cache},
+                )
+        # Frames 8 and 9 are still in the window at the end, before the generated ones.
+        per_frame = rollout.tokens_per_frame
+        got = rollout.cache.block_caches[-1].cached_key[i : i + 1, per_frame : 2 * per_frame]
+        expected = cache.block_caches[-1].cached_key[:, -2 * per_frame : -per_frame]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_starts_from_an_image_and_from_a_clip(pipe):
