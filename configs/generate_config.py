@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from wan_autoregressive.configs.messages import error_line
 from wan_autoregressive.configs.prompt_times import latent_frame_at, read_changes
+from wan_autoregressive.demo import DEMO
 
 SIZE_MULTIPLE = 16  # pixels: 8 per latent of the Wan 2.1 VAE, times a patch of 2
 TABLE_STEPS = 1000  # training timesteps of every Wan model
@@ -75,7 +76,9 @@ class GenerateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: FilePath = Field(description="folder of the checkpoint (diffusers layout)")
+    model: FilePath = Field(
+        Path(DEMO), description="folder of the checkpoint (diffusers layout), or 'demo', which comes with the package"
+    )
     prompt: Annotated[str | None, BeforeValidator(_parse_text)] = Field(
         None,
         description="what the video shows; repeat as '0: a fox', '5s: it snows' to change it (30: latent frame)",
@@ -102,6 +105,7 @@ class GenerateConfig(BaseModel):
     num_frames: int = Field(81, ge=1, le=10_000_000, description="length in pixel frames, given ones included")
     fps: float = Field(16.0, gt=0, le=1000, description="frames per second of the mp4")
     scale: int = Field(1, ge=1, le=64, description="repeat every pixel so many times in the mp4, to see small videos")
+    contact_sheet: bool = Field(False, description="also write a PNG with frames from start to end beside the mp4")
     seed: int | None = Field(None, ge=0, lt=2**63, description="drawn and noted in the report when not given")
 
     denoising_steps: Steps | None = Field(

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from wan_autoregressive._version import __version__
+from wan_autoregressive.demo import demo_checkpoint
 
 if TYPE_CHECKING:
     from wan_autoregressive.cache import WanKVCache
@@ -29,6 +30,7 @@ __all__ = [
     "WanRollout",
     "WanVideoChunk",
     "__version__",
+    "demo_checkpoint",
 ]
 
 

@@ -36,7 +36,10 @@ def count_video_frames(path: Path) -> int:
     """Count the frames that `path` holds by reading it through without decoding; ValueError if it does not open."""
     command = [ffmpeg_executable(), *QUIET, "-progress", "-", "-i", file_url(path)]
     command += ["-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
-    result = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    # Its own session: Ctrl-C is for us, and must not make a whole file look damaged.
+    result = subprocess.run(
+        command, capture_output=True, stdin=subprocess.DEVNULL, check=False, start_new_session=True
+    )
     counts = re.findall(rb"^frame=\s*(\d+)", result.stdout, flags=re.MULTILINE)
     if result.returncode != 0 or not counts:
         raise ValueError(f"{path} is not a readable video: {describe_exit(result.returncode, result.stderr)}")

@@ -18,7 +18,7 @@ def model_identity(pipe: "WanAutoregressivePipeline", with_vae: bool) -> dict[st
         with_vae: whether the video is decoded; otherwise the VAE does not matter.
     """
     transformer = pipe.transformer
-    identity = {"transformer": _component_identity(transformer)}
+    identity: dict[str, Any] = {"transformer": _component_identity(transformer)}
     identity["transformer"]["sinusoid_dtype"] = str(transformer.condition_embedder.timesteps_proj.sinusoid_dtype)
     if with_vae:
         identity["vae"] = None if pipe.vae is None else _component_identity(pipe.vae)

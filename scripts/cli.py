@@ -22,6 +22,7 @@ from wan_autoregressive._version import __version__
 COMMANDS = {
     "generate": ("wan_autoregressive.scripts.generate", "render a video from a prompt"),
     "convert": ("wan_autoregressive.scripts.convert", "make a checkpoint folder from published weights"),
+    "benchmark": ("wan_autoregressive.scripts.benchmark.command", "measure speed, memory and exact costs"),
     "tiny-checkpoint": ("wan_autoregressive.scripts.tiny_checkpoint", "make a small random checkpoint to try things"),
 }
 

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from wan_autoregressive.configs import GenerateConfig, load_preset, preset_names, resolve_config
 from wan_autoregressive.configs.prompt_times import split_timed_prompts
+from wan_autoregressive.demo import DEMO
 
 # Flags with a shorter name than their field has in Python, and what they take where the type does not say it.
 _SHORT_FLAGS = {"denoising_steps": "--steps"}
@@ -39,6 +40,19 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(*flags, **options)
 
 
+def add_resume_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--checkpoint-every` and `--resume`, which say how a video is made and not which one."""
+    parser.add_argument(
+        "--checkpoint-every",
+        type=_count,
+        metavar="N",
+        help="save what is done every N chunks in OUTPUT.resume, so that --resume can go on after a crash or Ctrl-C",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an earlier run of the same command was cut off"
+    )
+
+
 def config_from_args(args: argparse.Namespace) -> GenerateConfig:
     """Resolve defaults < yaml < flags.
 
@@ -50,7 +64,10 @@ def config_from_args(args: argparse.Namespace) -> GenerateConfig:
         flags["prompt"], changes = split_timed_prompts(flags["prompt"])
         if changes:
             flags["prompt_changes"] = changes | flags.get("prompt_changes", {})
-    return resolve_config(load_preset(args.config) if args.config is not None else {}, flags)
+    settings = load_preset(args.config) if args.config is not None else {}
+    model = flags.get("model", settings.get("model", DEMO))
+    # The demo makes small videos only: its settings are the defaults where nothing else is said.
+    return resolve_config(load_preset(DEMO) if str(model) == DEMO else {}, settings, flags)
 
 
 def _kinds(annotation: Any) -> set[type]:
@@ -75,3 +92,14 @@ def _help(field: FieldInfo) -> str:
         if isinstance(field.default, float)
         else f"{text} (default: {field.default})"
     )
+
+
+def _count(word: str) -> int:
+    """A flag's value as a whole number of at least 1."""
+    try:
+        value = int(word)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {word[:40]!r}")
+    return value

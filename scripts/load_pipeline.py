@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from wan_autoregressive.configs import GenerateConfig
+from wan_autoregressive.demo import DEMO, demo_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,13 @@ _COMPONENTS = {
     "scheduler": None,
 }
 _VOCABULARIES = ("tokenizer.json", "spiece.model")
+
+
+def model_folder(config: GenerateConfig) -> Path:
+    """The folder that `config.model` names: the packaged demo for `demo`, unless there is a folder of that name."""
+    if str(config.model) == DEMO and not config.model.exists():
+        return demo_checkpoint()
+    return config.model
 
 
 def check_model_folder(folder: Path) -> None:
@@ -84,7 +92,7 @@ def load_pipeline(config: GenerateConfig) -> Any:
     device = _pick_device(config.device)
     dtype = _pick_dtype(config.dtype, device)
     with _quiet_libraries():
-        pipe = _load(config.model, dtype)
+        pipe = _load(model_folder(config), dtype)
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     overrides = {name: getattr(config, name) for name in ("shift", "warp") if getattr(config, name) is not None}

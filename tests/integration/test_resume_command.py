@@ -1,39 +1,20 @@
 """`wan-ar generate --checkpoint-every --resume`: whatever ends a run, the same command goes on to the same video."""
 
-import json
-import multiprocessing
 import os
 import random
-import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from saved_runs import CHUNK_STARTS, EVERY, assert_same_video, frames_of, slowly, start, wait_until, words
 
+from wan_autoregressive.pipelines import rollout_state
 from wan_autoregressive.pipelines.rollout import WanRollout
-from wan_autoregressive.scripts import cli, resumable_render
-from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
-
-FRAMES, EVERY = 85, 4  # 22 chunks of 1 latent frame: 5 checkpoints and a rest of 2
-CHUNK_STARTS = [0, *range(1, FRAMES, 4)]
-
-
-def words(model: Path, output: Path, *more: str) -> list[str]:
-    settings = {"prompt": "a red fox", "height": 32, "width": 48, "num-frames": FRAMES, "chunk-frames": 1, "seed": 3}
-    settings |= {"window-frames": 4, "steps": 2, "device": "cpu", "scale": 2, "checkpoint-every": EVERY}
-    if "--prompt" in more:
-        del settings["prompt"]  # given twice it would be a change of the prompt
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return ["generate", "--model", str(model), "--output", str(output), *flags, *more]
-
-
-def frames_of(path: Path) -> np.ndarray:
-    return iio.imread(path, plugin="FFMPEG").astype(int)
+from wan_autoregressive.scripts import cli
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,65 +26,6 @@ def quiet_tokenizers():
     os.environ.pop("TOKENIZERS_PARALLELISM")
     if before is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tiny_checkpoint: Path, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("uninterrupted") / "x.mp4"
-    assert cli.main(words(tiny_checkpoint, output)) == 0
-    assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.mp4"]
-    assert len(frames_of(output)) == FRAMES
-    return output
-
-
-def start(arguments: list[str], before: Callable[[], object] = lambda: None) -> multiprocessing.Process:
-    """The command in a process of its own. Forked, because importing takes longer than the whole test."""
-
-    def run() -> None:
-        os.setsid()
-        before()
-        os._exit(cli.main(arguments))
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    return process
-
-
-def wait_until(condition: Callable[[], object], process: multiprocessing.Process) -> bool:
-    """Whether the condition came true before the process ended."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        if not process.is_alive():
-            return False
-        time.sleep(0.002)
-    return True
-
-
-def slowly() -> None:
-    """Make chunks take a while, so that there is time to hit them."""
-    step = WanRollout.step
-
-    def slow(self, *args, **kwargs):
-        time.sleep(0.05)
-        return step(self, *args, **kwargs)
-
-    WanRollout.step = slow  # type: ignore[method-assign]
-
-
-def assert_same_video(path: Path, expected: Path, exact: bool) -> None:
-    """As many frames, and each chunk is the one that belongs there; encoders started elsewhere may differ a little."""
-    found, wanted = frames_of(path), frames_of(expected)
-    assert found.shape == wanted.shape
-    if exact:
-        assert np.array_equal(found, wanted)
-    assert np.abs(found - wanted).mean(axis=(1, 2, 3)).max() < 3
-    chunk_means = np.stack([wanted[begin : begin + 4].mean(axis=0) for begin in CHUNK_STARTS])
-    for index, begin in enumerate(CHUNK_STARTS):
-        distances = np.abs(chunk_means - found[begin : begin + 4].mean(axis=0)).mean(axis=(1, 2, 3))
-        assert distances.argmin() == index
-    report = json.loads(path.with_suffix(".json").read_text())
-    assert (report["frames"], report["chunks"], report["seed"]) == (FRAMES, len(CHUNK_STARTS), 3)
 
 
 def test_killed_again_and_again(tiny_checkpoint: Path, uninterrupted: Path, tmp_path: Path) -> None:
@@ -138,7 +60,7 @@ def test_ctrl_c_stops_after_the_chunk_and_says_how_to_go_on(
     process = start(words(tiny_checkpoint, output), slowly)
     assert wait_until((folder / "segment-000001.mp4").exists, process)
     time.sleep(0.12)  # into the third segment
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to ffmpeg too
     process.join()
     assert process.exitcode == 130
     part = tmp_path / "x.part.mp4"
@@ -168,7 +90,7 @@ def test_a_second_ctrl_c_stops_at_once(tiny_checkpoint: Path, uninterrupted: Pat
     time.sleep(0.5)  # in chunk 10, two chunks after the second checkpoint
     begun = time.monotonic()
     for _ in range(2):
-        os.kill(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to ffmpeg too
         time.sleep(0.1)
     process.join()
     assert process.exitcode == 130
@@ -186,7 +108,7 @@ def test_ctrl_c_without_checkpoints_is_as_ever(tiny_checkpoint: Path, tmp_path: 
     process = start(arguments, slowly)
     assert wait_until((tmp_path / "x.part.mp4").exists, process)
     time.sleep(0.3)
-    os.kill(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to ffmpeg too
     process.join()
     assert process.exitcode == 130
     assert "wan-ar: error: interrupted; " in capfd.readouterr().err
@@ -194,166 +116,11 @@ def test_ctrl_c_without_checkpoints_is_as_ever(tiny_checkpoint: Path, tmp_path: 
     assert len(frames_of(tmp_path / "x.part.mp4")) > 0
 
 
-@pytest.fixture(scope="module")
-def stopped(tiny_checkpoint: Path, tmp_path_factory) -> Path:
-    """A folder with `x.resume` in it, after 2 checkpoints. Tests copy it."""
-    folder = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        step = WanRollout.step
-
-        def fail(self):
-            if self.chunks_done == 10:
-                raise RuntimeError("the card caught fire")
-            return step(self)
-
-        patch.setattr(WanRollout, "step", fail)
-        assert cli.main(words(tiny_checkpoint, folder / "x.mp4")) == 1
-    assert len(frames_of(folder / "x.part.mp4")) == CHUNK_STARTS[10]
-    return folder
-
-
-@pytest.fixture
-def copied(stopped: Path, tmp_path: Path) -> Path:
-    shutil.copytree(stopped, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_refused(code: int, capfd, message: str = "") -> None:
-    out, err = capfd.readouterr()
-    assert code == 2
-    assert err.startswith("wan-ar: error: ")
-    assert message in err
-    assert err.count("\n") == 1
-    assert out == ""
-
-
-def test_a_failure_is_resumed(tiny_checkpoint: Path, uninterrupted: Path, copied: Path, capfd) -> None:
-    assert cli.main(words(tiny_checkpoint, copied / "x.mp4", "--resume")) == 0
-    assert_same_video(copied / "x.mp4", uninterrupted, exact=True)
+def test_a_failure_is_resumed(tiny_checkpoint: Path, uninterrupted: Path, unfinished: Path, capfd) -> None:
+    assert cli.main(words(tiny_checkpoint, unfinished / "x.mp4", "--resume")) == 0
+    assert_same_video(unfinished / "x.mp4", uninterrupted, exact=True)
     assert "nothing is saved" not in capfd.readouterr().out
-    assert sorted(path.name for path in copied.iterdir()) == ["x.json", "x.mp4"]
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--prompt", "rain"], "prompt was 'a red fox' and is 'rain' now"),
-        (["--seed", "4"], "seed was 3 and is 4 now"),
-        (["--num-frames", "89"], "num-frames was 85 and is 89 now"),
-        (["--fps", "8", "--guidance-scale", "2"], "fps was 16.0 and is 8.0 now"),
-        (["--steps", "3"], "denoising-steps was [1000.0, 500.0] and is [1000.0, 667.0, 333.0] now"),
-        (["--window-frames", "5"], "window-frames was 4 and is 5 now"),
-        (["--negative-prompt", "gray"], "negative-prompt was not given and is 'gray' now"),
-        (["--vae-tiling"], "vae-tiling was False and is True now"),
-        (["--image", "{folder}/image.png"], "image was not given and is"),
-    ],
-)
-def test_other_arguments_are_refused(
-    tiny_checkpoint: Path, copied: Path, capfd, more: list[str], message: str
-) -> None:
-    iio.imwrite(copied / "image.png", np.zeros((32, 48, 3), np.uint8))
-    before = contents(copied)
-    more = [word.replace("{folder}", str(copied)) for word in more]
-    code = cli.main(words(tiny_checkpoint, copied / "x.mp4", "--resume", *more))
-    assert_refused(code, capfd, f"cannot resume 'x.mp4' with other arguments: {message}")
-    assert contents(copied) == before
-
-
-def test_an_unfinished_video_is_not_overwritten_by_accident(tiny_checkpoint: Path, copied: Path, capfd) -> None:
-    before = contents(copied)
-    assert_refused(cli.main(words(tiny_checkpoint, copied / "x.mp4")), capfd, "add --resume to go on with it")
-    assert contents(copied) == before
-
-
-@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5", ""])
-def test_a_bad_count_of_chunks(tiny_checkpoint: Path, tmp_path: Path, capfd, count: str) -> None:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(words(tiny_checkpoint, tmp_path / "x.mp4", f"--checkpoint-every={count}"))
-    assert_refused(leave.value.code, capfd, "must be a whole number of at least 1")  # type: ignore[arg-type]
-
-
-def test_resume_needs_checkpoints(tiny_checkpoint: Path, tmp_path: Path, capfd) -> None:
-    arguments = words(tiny_checkpoint, tmp_path / "x.mp4", "--resume")
-    at = arguments.index("--checkpoint-every")
-    del arguments[at : at + 2]
-    assert_refused(cli.main(arguments), capfd, "give --checkpoint-every as well")
-
-
-def test_other_weights_are_refused(copied: Path, capfd) -> None:
-    assert cli.main(words(make_tiny_checkpoint(copied / "model", seed=1), copied / "x.mp4", "--resume")) == 2
-    assert "model was" in capfd.readouterr().err
-
-
-def test_other_weights_in_the_same_folder_are_refused(tiny_checkpoint: Path, tmp_path: Path, capfd) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_checkpoint, model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable_render, "join_segments", lambda *args: 1 / 0)
-        assert cli.main(words(model, tmp_path / "x.mp4", "--num-frames", "9")) == 1
-    make_tiny_checkpoint(model, seed=1, overwrite=True)
-    capfd.readouterr()
-    code = cli.main(words(model, tmp_path / "x.mp4", "--num-frames", "9", "--resume"))
-    assert_refused(code, capfd, "is of a transformer with other weights")
-    assert not (tmp_path / "x.mp4").exists()
-
-
-def test_nothing_saved_starts_from_the_beginning_and_says_so(tiny_checkpoint: Path, tmp_path: Path, capfd) -> None:
-    output, folder = tmp_path / "x.mp4", tmp_path / "x.resume"
-    folder.mkdir()
-    (folder / "segment-000000.part.mp4").write_bytes(b"from a run that was killed in its first segment")
-    (folder / "notes.txt").write_text("the user's")
-    assert cli.main(words(tiny_checkpoint, output, "--resume", "--num-frames", "9")) == 0
-    assert "nothing is saved of it; starting from the beginning" in capfd.readouterr().out
-    assert len(frames_of(output)) == 9
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
-
-
-def test_a_drawn_seed_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    output = tmp_path / "x.mp4"
-    arguments = words(tiny_checkpoint, output, "--num-frames", "21")
-    del arguments[arguments.index("--seed") : arguments.index("--seed") + 2]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable_render, "join_segments", lambda *args: 1 / 0)
-        assert cli.main(arguments) == 1
-    notes = json.loads((tmp_path / "x.resume" / "state.json").read_text())["notes"]
-    assert cli.main([*arguments, "--resume"]) == 0
-    assert json.loads((tmp_path / "x.json").read_text())["seed"] == notes["seed"]
-
-
-def test_damage_is_one_line_and_nothing_is_touched(tiny_checkpoint: Path, copied: Path, capfd) -> None:
-    """Fuzz: cut off, flipped and deleted files of a saved state."""
-    folder, dice = copied / "x.resume", random.Random(0)
-    files = [path for path in sorted(folder.iterdir()) if ".part" not in path.name]
-    assert len(files) == 4  # two segments, tensors, JSON
-    for path in files:
-        whole = path.read_bytes()
-        damages = [whole[: dice.randrange(len(whole))], b"", whole + b"\0" * 9, None]
-        for _ in range(3):
-            flipped = bytearray(whole)
-            flipped[dice.randrange(len(whole) - 3)] ^= 1 << dice.randrange(8)
-            damages.append(bytes(flipped))
-        for damage in damages:
-            if path.name == "state.json" and (damage is None or damage == whole + b"\0" * 9 or _same(whole, damage)):
-                continue  # without it nothing is saved, as after a crash before the first checkpoint
-            path.unlink(missing_ok=True)
-            if damage is not None:
-                path.write_bytes(damage)
-            before = contents(copied)
-            assert_refused(cli.main(words(tiny_checkpoint, copied / "x.mp4", "--resume")), capfd)
-            assert contents(copied) == before
-            path.write_bytes(whole)
-    assert not (copied / "x.mp4").exists()
-
-
-def _same(a: bytes, b: bytes) -> bool:
-    try:
-        return json.loads(a) == json.loads(b)
-    except ValueError:
-        return False
+    assert sorted(path.name for path in unfinished.iterdir()) == ["x.json", "x.mp4"]
 
 
 def test_latents_that_are_no_numbers(tiny_checkpoint: Path, uninterrupted: Path, tmp_path: Path, capfd) -> None:
@@ -382,6 +149,23 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing_to_resume(tiny_che
     assert list(tmp_path.iterdir()) == []
     assert cli.main(words(tiny_checkpoint, tmp_path / "x.mp4", "--prompt", "rain " * 600)) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_right_after_a_save_loses_nothing(tiny_checkpoint: Path, uninterrupted: Path, tmp_path) -> None:
+    output = tmp_path / "x.mp4"
+    with pytest.MonkeyPatch.context() as patch:
+        save = rollout_state.save_rollout
+
+        def interrupted(*args, **kwargs):
+            save(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        patch.setattr(rollout_state, "save_rollout", interrupted)
+        assert cli.main(words(tiny_checkpoint, output)) == 130
+    assert len(frames_of(tmp_path / "x.part.mp4")) == CHUNK_STARTS[EVERY]
+    assert len(list((tmp_path / "x.resume").iterdir())) == 3
+    assert cli.main(words(tiny_checkpoint, output, "--resume")) == 0
+    assert_same_video(output, uninterrupted, exact=True)
 
 
 def test_a_prompts_file_goes_on_where_it_was(tiny_checkpoint: Path, tmp_path: Path, capfd) -> None:
@@ -426,18 +210,6 @@ def test_prompt_changes_and_given_frames_are_resumed(tiny_checkpoint: Path, tmp_
         assert cli.main(words(tiny_checkpoint, tmp_path / "b.mp4", *more)) == 1
     assert cli.main(words(tiny_checkpoint, tmp_path / "b.mp4", *more, "--resume")) == 0
     assert np.array_equal(frames_of(tmp_path / "a.mp4"), frames_of(tmp_path / "b.mp4"))
-
-
-def test_other_pixels_under_the_same_name_are_refused(tiny_checkpoint: Path, tmp_path: Path, capfd) -> None:
-    more = ["--image", str(tmp_path / "image.png"), "--num-frames", "21"]
-    iio.imwrite(tmp_path / "image.png", np.zeros((32, 48, 3), np.uint8))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumable_render, "join_segments", lambda *args: 1 / 0)
-        assert cli.main(words(tiny_checkpoint, tmp_path / "x.mp4", *more)) == 1
-    iio.imwrite(tmp_path / "image.png", np.full((32, 48, 3), 99, np.uint8))
-    capfd.readouterr()
-    code = cli.main(words(tiny_checkpoint, tmp_path / "x.mp4", *more, "--resume"))
-    assert_refused(code, capfd, "the given image or clip has other pixels now")
 
 
 def test_threads_are_single() -> None:

@@ -1,0 +1,78 @@
+"""Exact costs of a forward, from the shapes alone: the yardstick for what the code really does. No torch in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def flops_per_forward(
+    config: Mapping[str, Any],
+    chunk_tokens: int,
+    cached_tokens: int = 0,
+    text_tokens: int = 512,
+    batch: int = 1,
+    groups: int = 1,
+    text_ready: bool = False,
+    time_ready: bool = False,
+    keys_values_only: bool = False,
+) -> int:
+    """Floating-point operations of matrix products and attentions in one forward; a multiply-add counts as 2.
+
+    With D = heads * head_dim, F = ffn_dim, N layers, T chunk tokens, K = T + cached tokens, L text tokens, G groups of
+    the timestep, P = in_channels * patch volume, P' = out_channels * patch volume, E = text_dim, Q = freq_dim:
+
+        patches    2 T P D
+        time       2 G (Q D + D D + 6 D D)
+        text       2 L (E D + D D)
+        a layer    8 T D D + 4 T K D                   self-attention: q, k, v, out; scores and mix
+                 + 4 T D D + 4 L D D + 4 T L D         cross-attention: q, out; k, v; scores and mix
+                 + 4 T D F                             feed-forward
+        head       2 T D P'
+
+        batch * (patches + time + text + N * layer + head)
+
+    That is what `torch.utils.flop_counter.FlopCounterMode` counts: norms, modulation, rotary embedding and activation
+    are passes over memory and count nothing.
+
+    Args:
+        config: Of a `WanTransformer3DModel` without image conditioning.
+        chunk_tokens: T, after patching.
+        cached_tokens: Tokens of the past that are attended to beside the chunk.
+        groups: G; 1, frames of the chunk, or tokens of the chunk.
+        text_ready: Text projection and cross-attention keys and values were computed before.
+        time_ready: The time embedding was computed before.
+        keys_values_only: The forward ends with the last layer's keys and values, as a clean pass may: that layer
+            costs 4 T D D, and there is no head.
+    """
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    ffn_dim, layers = config["ffn_dim"], config["num_layers"]
+    patch_volume = math.prod(config["patch_size"])
+    tokens, keys, text = chunk_tokens, chunk_tokens + cached_tokens, text_tokens
+
+    patches = 2 * tokens * config["in_channels"] * patch_volume * dim
+    time = 0 if time_ready else 2 * groups * (config["freq_dim"] * dim + 7 * dim * dim)
+    text_projection = 0 if text_ready else 2 * text * (config["text_dim"] * dim + dim * dim)
+    self_attention = 8 * tokens * dim * dim + 4 * tokens * keys * dim
+    cross_attention = 4 * tokens * dim * dim + 4 * tokens * text * dim
+    cross_keys_values = 0 if text_ready else 4 * text * dim * dim
+    layer = self_attention + cross_attention + cross_keys_values + 4 * tokens * dim * ffn_dim
+    head = 2 * tokens * dim * (config["out_channels"] or config["in_channels"]) * patch_volume
+    tail = 4 * tokens * dim * dim - layer if keys_values_only else head
+    return batch * (patches + time + text_projection + layers * layer + tail)
+
+
+def kv_bytes_written(config: Mapping[str, Any], chunk_tokens: int, itemsize: int, batch: int = 1) -> int:
+    """Bytes of keys and values that one forward writes to the cache, over all layers."""
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    return 2 * config["num_layers"] * batch * chunk_tokens * dim * itemsize
+
+
+def kv_bytes_read(
+    config: Mapping[str, Any], attended_tokens: int, itemsize: int, batch: int = 1, keys_values_only: bool = False
+) -> int:
+    """Bytes of keys and values that one forward's self-attentions read, each counted once, its own chunk included."""
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    layers = config["num_layers"] - keys_values_only
+    return 2 * layers * batch * attended_tokens * dim * itemsize

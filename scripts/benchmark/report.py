@@ -1,0 +1,193 @@
+"""The figures as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wan_autoregressive.scripts.benchmark.baselines import BaselineResult
+from wan_autoregressive.scripts.benchmark.counting import STAGES
+from wan_autoregressive.scripts.benchmark.measure import ChunkMeasure, RolloutMeasure
+from wan_autoregressive.scripts.benchmark.roofline import Roofline
+from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
+from wan_autoregressive.scripts.benchmark.sweep import SweepRow
+
+REPORT_VERSION = 1
+
+
+@dataclasses.dataclass
+class BenchmarkReport:
+    """All that one run of the command found; what was not asked for is `None` or empty."""
+
+    settings: BenchmarkSettings
+    conditions: dict[str, Any]
+    """Versions, device, threads, load of the machine."""
+    rollout: RolloutMeasure
+    roofline: Roofline | None = None
+    baselines: list[BaselineResult] = dataclasses.field(default_factory=list)
+    sweep: list[SweepRow] = dataclasses.field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        height, width = self.settings.pixels
+        return {
+            "report_version": REPORT_VERSION,
+            "conditions": self.conditions,
+            "settings": {**dataclasses.asdict(self.settings), "height": height, "width": width},
+            "geometry": {
+                **dataclasses.asdict(self.settings.geometry),
+                "layers": self.settings.num_layers,
+                "tokens_per_frame": self.settings.tokens_per_frame,
+            },
+            "rollout": self.rollout.as_dict(),
+            "roofline": None if self.roofline is None else dataclasses.asdict(self.roofline),
+            "baselines": [dataclasses.asdict(baseline) for baseline in self.baselines],
+            "sweep": [dataclasses.asdict(row) for row in self.sweep],
+        }
+
+
+def write_json(path: Path, report: BenchmarkReport) -> None:
+    """Write the report atomically; OSError when it cannot be written."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(report.as_dict(), file, indent=2)
+            file.write("\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def as_text(report: BenchmarkReport) -> str:
+    """The report as tables for a terminal."""
+    parts = [_header(report), _stage_table(report), _summary(report.rollout, report.settings)]
+    if report.roofline is not None:
+        parts.append(_roofline_text(report.roofline))
+    if report.baselines:
+        parts.append(_baseline_table(report.baselines))
+    if report.sweep:
+        parts.append(_sweep_table(report.sweep))
+    return "\n\n".join(parts)
+
+
+def _header(report: BenchmarkReport) -> str:
+    settings, conditions = report.settings, report.conditions
+    height, width = settings.pixels
+    window = "no window" if settings.window_frames is None else f"window {settings.window_frames}"
+    return (
+        f"{settings.preset}: {settings.num_layers} layers of {settings.geometry.dim}, {height}x{width}, "
+        f"{settings.tokens_per_frame} tokens per latent frame, chunk {settings.chunk_frames}, {window}, "
+        f"sink {settings.sink_frames}, {settings.steps} steps and a clean pass per chunk\n"
+        f"{conditions['device']}, {settings.dtype}, {conditions['threads']} threads, torch {conditions['torch']}, "
+        f"load {conditions['load_1_minute']}"
+    )
+
+
+def _stage_table(report: BenchmarkReport) -> str:
+    rows = [("chunk", "stage", "s", "GFLOP", "K/V written", "K/V read", "allocations", "allocated", "peak")]
+    shown = _chunks_to_show(report.rollout)
+    for chunk in shown:
+        for stage in STAGES:
+            if chunk.stage_s[stage] == 0.0:
+                continue
+            counts = None if chunk.counts is None else chunk.counts[stage]
+            figures = ("-",) * 6
+            if counts is not None:
+                figures = (
+                    f"{counts.flops / 1e9:.2f}",
+                    human_bytes(counts.kv_written_bytes),
+                    human_bytes(counts.kv_read_bytes),
+                    str(counts.allocations),
+                    human_bytes(counts.allocated_bytes),
+                    human_bytes(counts.peak_bytes),
+                )
+            rows.append((str(chunk.index), stage, f"{chunk.stage_s[stage]:.4f}", *figures))
+    left_out = len(report.rollout.chunks) - len(shown)
+    return _table(rows) + (f"\n({left_out} chunks alike are in the JSON)" if left_out else "")
+
+
+def _chunks_to_show(measure: RolloutMeasure) -> list[ChunkMeasure]:
+    """All chunks of a short rollout; of a long one the first and the last few."""
+    chunks = measure.chunks
+    return chunks if len(chunks) <= 8 else [*chunks[:5], *chunks[-1:]]
+
+
+def _summary(measure: RolloutMeasure, settings: BenchmarkSettings) -> str:
+    lines = [
+        f"first frame after {measure.first_frame_latency_s:.3f} s (prompt embeddings ready)",
+        f"frames per second, steady: {measure.frames_per_second(with_vae=False):.3f} without VAE"
+        + (f", {measure.frames_per_second(with_vae=True):.3f} with VAE" if measure.vae_state_bytes else ""),
+        f"memory held: weights {human_bytes(measure.weights_bytes)}, K/V {human_bytes(measure.kv_cache_bytes)}, "
+        f"VAE state {human_bytes(measure.vae_state_bytes)}"
+        + (f"; device peak {human_bytes(measure.device_peak_bytes)}" if measure.device_peak_bytes else ""),
+    ]
+    where = "without a window" if settings.window_frames is None else "behind a full window"
+    fits = (("wall time", "s", measure.fit), ("CPU time", "s", measure.cpu_time_fit))
+    for name, unit, fit in (*fits, ("machine's speed taken out: time", "forwards", measure.relative_fit)):
+        if fit is None:
+            continue
+        lines.append(
+            f"{name} per chunk: {fit.mean_s:.4f} {unit}, slope {fit.percent_per_100_chunks:+.2f} % per 100 chunks "
+            f"(standard error {fit.standard_error_percent:.2f}) over {fit.chunks} chunks {where}"
+        )
+    return "\n".join(lines)
+
+
+def _roofline_text(roofline: Roofline) -> str:
+    pairs = sorted(bare / whole for bare, whole in zip(roofline.bare_s, roofline.pipeline_s, strict=True))
+    return (
+        f"transformer efficiency {roofline.efficiency:.3f} (bare / pipeline, median of {len(pairs)} rounds, "
+        f"{pairs[0]:.3f} to {pairs[-1]:.3f})"
+        + (f"; in CPU time {roofline.cpu_time_efficiency:.3f}" if roofline.cpu_time_efficiency else "")
+        + "\n"
+        f"bare: {roofline.linear_calls} matrix products and {roofline.attention_calls} attentions per chunk, "
+        f"{roofline.flops / 1e9:.1f} GFLOP at {roofline.bare_tflops_per_s:.3f} TFLOP/s"
+    )
+
+
+def _baseline_table(baselines: list[BaselineResult]) -> str:
+    rows = [("without VAE", "s per chunk", "times the pipeline", "GFLOP")]
+    rows.append(("pipeline", f"{baselines[0].pipeline_median_s:.4f}", "1.00", ""))
+    for result in baselines:
+        rows.append((result.name, f"{result.median_s:.4f}", f"{result.ratio:.2f}", f"{result.flops / 1e9:.2f}"))
+    return _table(rows)
+
+
+def _sweep_table(sweep: list[SweepRow]) -> str:
+    rows = [("value", "chunk tokens", "window tokens", "GFLOP", "K/V", "s per chunk", "s per latent frame")]
+    for row in sweep:
+        rows.append(
+            (
+                row.value,
+                str(row.chunk_tokens),
+                str(row.window_tokens),
+                f"{row.flops / 1e9:.2f}",
+                human_bytes(row.kv_cache_bytes),
+                f"{row.median_s:.4f}",
+                f"{row.median_s / row.chunk_frames:.4f}",
+            )
+        )
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def human_bytes(count: int) -> str:
+    """`1.5 MiB` for 1572864."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"

@@ -1,0 +1,272 @@
+"""Render a video so that a crash costs at most the chunks since the last checkpoint.
+
+Beside `x.mp4` a folder `x.resume` holds finished segments and the state of the rollout after them. `state.json` in it
+is the one thing that counts: it names the segments that belong to the state, and it is replaced in one step. What a
+crash left beyond it is rendered again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from wan_autoregressive.configs import GenerateConfig
+from wan_autoregressive.scripts.earlier_runs import first_difference
+from wan_autoregressive.scripts.interrupts import SoftInterrupt
+from wan_autoregressive.scripts.run_report import RunTimes
+from wan_autoregressive.segments import join_segments
+from wan_autoregressive.video_writer import VideoWriteError, VideoWriter
+
+_OURS = re.compile(r"state\.json|state-[0-9a-f]{16}\.safetensors|\.state-\d+\..*\.part|segment-\d+(\.part)?\.mp4")
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """What the flags say: save every so many chunks, and whether to go on with what an earlier run saved."""
+
+    every_chunks: int
+    resume: bool
+
+
+def checkpointing_from_args(args: argparse.Namespace) -> Checkpointing | None:
+    """What `--checkpoint-every` and `--resume` ask for. Raises `ValueError` for the second without the first."""
+    if args.checkpoint_every is not None:
+        return Checkpointing(args.checkpoint_every, args.resume)
+    if args.resume:
+        raise ValueError("--resume goes on from checkpoints; give --checkpoint-every as well")
+    return None
+
+
+@dataclass
+class Progress:
+    """What is done of a video, as it is saved with the state of its rollout."""
+
+    arguments: dict[str, Any]
+    """`GenerateConfig` as JSON, as it was given: the model's own settings are not filled in."""
+    given_sha256: str | None
+    """Of the pixels that the video starts from."""
+    seed: int
+    segments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Of each its `name`, `frames`, `bytes` and `sha256`."""
+    times: dict[str, Any] = dataclasses.field(default_factory=lambda: dataclasses.asdict(RunTimes()))
+
+    @property
+    def frames(self) -> int:
+        """Pixel frames in the segments."""
+        return sum(segment["frames"] for segment in self.segments)
+
+
+def resume_folder(output: Path) -> Path:
+    """Where the unfinished video lies."""
+    return output.with_name(f"{output.stem}.resume")
+
+
+def find_progress(output: Path, config: GenerateConfig, given: Any, checkpointing: Checkpointing) -> Progress | None:
+    """What an earlier run saved of the video `output`, checked without loading a model; None when there is nothing.
+
+    Args:
+        config: of this one video, as it was given.
+        given: pixels that the video starts from, a NumPy array, or None.
+
+    Raises:
+        ValueError: it was made with other arguments (the first is named), is damaged, or would be lost because the
+            run shall not resume.
+    """
+    from wan_autoregressive.pipelines.state_folder import has_state, read_content
+
+    folder = resume_folder(output)
+    if not has_state(folder):
+        return None
+    if not checkpointing.resume:
+        raise ValueError(
+            f"'{folder}' holds an unfinished '{output.name}'; add --resume to go on with it, or delete that folder to "
+            "start anew"
+        )
+    try:
+        progress = Progress(**read_content(folder)["notes"])
+    except TypeError as error:
+        raise ValueError(f"'{folder}' holds a state that another version or another program saved") from error
+    # A seed that was drawn may be given now: it is the same.
+    ignore = frozenset({"seed"}) if config.seed == progress.seed else frozenset()
+    difference = first_difference(progress.arguments, config, ignore)
+    if difference is None and progress.given_sha256 != pixels_sha256(given):
+        difference = "the given image or clip has other pixels now"
+    if difference is not None:
+        raise ValueError(
+            f"cannot resume '{output.name}' with other arguments: {difference}; give the old ones, or delete "
+            f"'{folder}' to start anew"
+        )
+    for segment in progress.segments:
+        _check_segment(folder / segment["name"], segment)
+    return progress
+
+
+def pixels_sha256(pixels: Any) -> str | None:
+    """SHA-256 of a NumPy array's bytes, in hex."""
+    return None if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+def render_resumable(
+    pipe: Any,
+    config: GenerateConfig,
+    arguments: dict[str, Any],
+    progress: Progress,
+    every_chunks: int,
+    chunks: int | None,
+    stop: SoftInterrupt,
+) -> RunTimes:
+    """Render the rest of a video, saving it every `every_chunks` chunks, and join all of it to `config.output`.
+
+    Times add up over the runs, leaving out what a crash lost. The caller calls `discard` once it needs no more of it.
+
+    Args:
+        config: of this one video.
+        arguments: of `pipe.rollout`, for a video that starts now.
+        progress: new, or what `find_progress` found.
+        chunks: how many there will be, for the bar.
+        stop: looked at after every chunk.
+
+    Raises:
+        KeyboardInterrupt: a stop was requested. What is done is saved and playable, as after any failure.
+        ValueError: the saved state is damaged or of other weights.
+        VideoWriteError, OSError: something could not be written.
+    """
+    output = config.output
+    folder = resume_folder(output)
+    rollout = pipe.resume(folder) if progress.segments else pipe.rollout(**arguments)
+    folder.mkdir(exist_ok=True)
+    _remove_ours(folder, keep={segment["name"] for segment in progress.segments} | {"state.json"}, states=False)
+    with (
+        _kept_on_failure(output, progress),
+        tqdm(total=chunks, initial=rollout.chunks_done, desc=output.name, unit="chunk", disable=None) as bar,
+    ):
+        while not rollout.done:
+            if stop.requested:
+                raise KeyboardInterrupt
+            _render_segment(rollout, config, progress, every_chunks, stop, bar)
+        start = time.perf_counter()
+        found = join_segments([folder / segment["name"] for segment in progress.segments], output)
+        if found != progress.frames:
+            raise VideoWriteError(f"'{output}' has {found} frames instead of {progress.frames}")
+    times = RunTimes(**progress.times)
+    times.stages["encode"] += time.perf_counter() - start
+    times.total_s += time.perf_counter() - start
+    return times
+
+
+def discard(output: Path, keep_part: bool = False) -> None:
+    """Remove what was kept for resuming, once the video is whole; with `keep_part` not what was made for watching."""
+    folder = resume_folder(output)
+    _remove_ours(folder, keep=set(), states=True)
+    with contextlib.suppress(OSError):  # there are other files in it, which are not ours
+        folder.rmdir()
+    if not keep_part:
+        _part_path(output).unlink(missing_ok=True)
+
+
+def _render_segment(
+    rollout: Any, config: GenerateConfig, progress: Progress, every_chunks: int, stop: SoftInterrupt, bar: Any
+) -> None:
+    """Render up to `every_chunks` chunks to a new segment and save the state that goes with it."""
+    from wan_autoregressive.pipelines.rollout_state import save_rollout
+    from wan_autoregressive.pipelines.state_folder import file_sha256
+
+    folder = resume_folder(config.output)
+    times = RunTimes(**progress.times)
+    start = time.perf_counter() - times.total_s
+    path = folder / f"segment-{len(progress.segments):06d}.mp4"
+    with VideoWriter(path, fps=config.fps, scale=config.scale) as writer:
+        for _ in range(every_chunks):
+            chunk = rollout.step()
+            frames = chunk.frames[0]
+            times.add_chunk(chunk.timings, len(frames), time.perf_counter() - start)
+            with times.measure("encode"):
+                writer.write(frames)
+            bar.set_postfix_str(f"{times.frames / (time.perf_counter() - start):.2f} frames/s", refresh=False)
+            bar.update()
+            if rollout.done or stop.requested:
+                break
+        with times.measure("encode"):
+            writer.close()
+    segment = {"name": path.name, "frames": writer.frames_written, "bytes": path.stat().st_size}
+    segment["sha256"] = file_sha256(path)
+    times.total_s = time.perf_counter() - start
+    after = dataclasses.replace(progress, segments=[*progress.segments, segment], times=dataclasses.asdict(times))
+    save_rollout(rollout, folder, notes=dataclasses.asdict(after))
+    progress.segments, progress.times = after.segments, after.times
+
+
+@contextlib.contextmanager
+def _kept_on_failure(output: Path, progress: Progress) -> Iterator[None]:
+    """Put what is done into a playable `x.part.mp4` when the block fails, and say so with the error."""
+    try:
+        yield
+    except BaseException as error:
+        folder = resume_folder(output)
+        covered = [folder / segment["name"] for segment in progress.segments]
+        # Beyond the last checkpoint there may be a segment that was not finished, or not yet saved with a state.
+        beyond = folder / f"segment-{len(covered):06d}.mp4"
+        rest = [path for path in (beyond, beyond.with_suffix(".part.mp4")) if path.is_file()]
+        notes = []
+        with contextlib.suppress(OSError, ValueError, VideoWriteError):
+            frames = _join_playable(covered, rest[:1], _part_path(output))
+            notes.append(f"{frames} frames are in '{_part_path(output)}'")
+        # Asked of the folder: the error may have come right after a state was saved.
+        saved_frames = _saved_frames(folder)
+        if saved_frames:
+            notes.append(f"{saved_frames} frames are saved; run the same command with --resume to go on from there")
+        elif notes or not rest:
+            discard(output, keep_part=True)
+        error.__notes__ = notes or getattr(error, "__notes__", [])  # instead of the segment writer's
+        raise
+
+
+def _join_playable(covered: list[Path], rest: list[Path], output: Path) -> int:
+    """Join segments with what plays of an unfinished one."""
+    try:
+        return join_segments([*covered, *rest], output)
+    except (ValueError, VideoWriteError):
+        return join_segments(covered, output)
+
+
+def _saved_frames(folder: Path) -> int:
+    """Pixel frames in the segments that the saved state covers; 0 where there is none."""
+    from wan_autoregressive.pipelines.state_folder import read_content
+
+    try:
+        return Progress(**read_content(folder)["notes"]).frames
+    except (ValueError, TypeError):
+        return 0
+
+
+def _check_segment(path: Path, expected: dict[str, Any]) -> None:
+    from wan_autoregressive.pipelines.state_folder import file_sha256
+
+    if not path.is_file():
+        raise ValueError(f"the segment '{path}' of the unfinished video is missing")
+    if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+        raise ValueError(f"the segment '{path}' of the unfinished video is cut off or damaged")
+
+
+def _remove_ours(folder: Path, keep: set[str], states: bool) -> None:
+    """Remove files that runs of this command wrote; those of a state only where `states` says so."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        mine = _OURS.fullmatch(path.name) and (states or path.name.startswith("segment-"))
+        if mine and path.name not in keep:
+            path.unlink(missing_ok=True)
+
+
+def _part_path(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.part.mp4")

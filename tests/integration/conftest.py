@@ -1,0 +1,71 @@
+"""Fixtures of saved rollouts and unfinished runs."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from saved_rollouts import start
+from saved_runs import CHUNK_STARTS, FRAMES, frames_of, words
+
+from wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.scripts import cli
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory) -> Path:
+    """A state after two chunks. Tests copy it."""
+    folder = tmp_path_factory.mktemp("saved") / "state"
+    rollout = start(pipe, window_frames=5)
+    rollout.step()
+    rollout.step()
+    rollout.save(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    for path in saved.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def other_pipe(tiny_checkpoint) -> WanAutoregressivePipeline:
+    return WanAutoregressivePipeline.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_checkpoint: Path, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("uninterrupted") / "x.mp4"
+    assert cli.main(words(tiny_checkpoint, output)) == 0
+    assert sorted(path.name for path in output.parent.iterdir()) == ["x.json", "x.mp4"]
+    assert len(frames_of(output)) == FRAMES
+    return output
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_checkpoint: Path, tmp_path_factory) -> Path:
+    """A folder with `x.resume` in it, after 2 checkpoints. Tests copy it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        step = WanRollout.step
+
+        def fail(self):
+            if self.chunks_done == 10:
+                raise RuntimeError("the card caught fire")
+            return step(self)
+
+        patch.setattr(WanRollout, "step", fail)
+        assert cli.main(words(tiny_checkpoint, folder / "x.mp4")) == 1
+    assert len(frames_of(folder / "x.part.mp4")) == CHUNK_STARTS[10]
+    return folder
+
+
+@pytest.fixture
+def unfinished(stopped: Path, tmp_path: Path) -> Path:
+    shutil.copytree(stopped, tmp_path / "copy")
+    return tmp_path / "copy"
