@@ -13,10 +13,13 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/wan-ar tiny-checkpoint outputs/tiny-checkpoint --overwrite
-	$(BIN)/wan-ar generate --model outputs/tiny-checkpoint --prompt "a red circle moving right on a navy background" \
-		--height 64 --width 64 --num-frames 81 --window-frames 9 --sink-frames 3 --seed 0 --scale 4 \
+	mkdir -p outputs
+	$(BIN)/wan-ar generate --prompt "a red circle moving right on a navy background" --seed 0 --contact-sheet \
 		--output outputs/demo.mp4
+	$(BIN)/wan-ar generate --prompt "0: a red circle moving right on a navy background" \
+		--prompt "4s: a green cross moving right on a navy background" \
+		--prompt "8s: a yellow square moving up on a black background" --seed 0 --contact-sheet \
+		--output outputs/demo-prompts.mp4
 
 test: $(READY)
 	$(BIN)/pytest --numprocesses 2
