@@ -23,11 +23,13 @@ COMMANDS = {
     "generate": ("wan_autoregressive.scripts.generate", "render a video from a prompt"),
     "convert": ("wan_autoregressive.scripts.convert", "make a checkpoint folder from published weights"),
     "benchmark": ("wan_autoregressive.scripts.benchmark.command", "measure speed, memory and exact costs"),
+    "evaluate": ("wan_autoregressive.scripts.demo.evaluate", "judge the demo model or a video of it in pixels"),
+    "train-demo": ("wan_autoregressive.scripts.demo.train_demo", "train the demo checkpoint from nothing"),
     "tiny-checkpoint": ("wan_autoregressive.scripts.tiny_checkpoint", "make a small random checkpoint to try things"),
 }
 
 # OSErrors that say the machine gave out, rather than that a name was wrong.
-_MACHINE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_MACHINE_ERRNOS = {errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -97,6 +99,9 @@ def exit_code(error: BaseException) -> int:
     """Return the exit code for an error that a subcommand raised."""
     if isinstance(error, KeyboardInterrupt):
         return 130
+    # A full disk is for the caller to mend, whether Python or ffmpeg ran into it.
+    if os.strerror(errno.ENOSPC) in str(error):
+        return 2
     if isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS:
         return 1
     return 2 if isinstance(error, (ValueError, OSError)) else 1

@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compare with `recompute` (no cache), `concat` (cache by concatenation) or any importable "
         "`module:function` (see wan_autoregressive.scripts.benchmark.baselines); may be given several times",
     )
-    add("--sweep", choices=SWEEPS, help="cost of a chunk against window, resolution or chunk size")
+    add("--sweep", choices=SWEEPS, help="cost of a chunk against window, resolution, chunk size or position mode")
     add("--sweep-values", metavar="LIST", help="comma-separated, such as 6,9,12 or 240x416,480x832")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE", help="write a PNG of the seconds per chunk")

@@ -10,7 +10,7 @@ from wan_autoregressive.scripts.benchmark.presets import PRESETS, Geometry
 DTYPES = ("float32", "bfloat16", "float16")
 PositionMode = Literal["absolute", "relative", "sink_relative"]
 POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
-SWEEPS = ("window", "resolution", "chunk")
+SWEEPS = ("window", "resolution", "chunk", "position")
 _ABSOLUTE_POSITIONS = 1024  # `rope_max_seq_len` of every Wan checkpoint
 
 

@@ -1,4 +1,4 @@
-"""What a chunk costs against window, resolution or chunk size."""
+"""What a chunk costs against window, resolution, chunk size or position mode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.benchmark.build import start_rollout
 from wan_autoregressive.scripts.benchmark.clock import interleaved
 from wan_autoregressive.scripts.benchmark.counting import flop_counter
-from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
+from wan_autoregressive.scripts.benchmark.settings import POSITION_MODES, BenchmarkSettings
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def sweep_settings(settings: BenchmarkSettings, kind: str, values: list[str] | N
     """The settings of each value; ValueError for a value that cannot work.
 
     Args:
-        values: Latent frames for `window` and `chunk`, `HEIGHTxWIDTH` for `resolution`; `None` takes small defaults.
+        values: Latent frames for `window` and `chunk`, `HEIGHTxWIDTH` for `resolution`, modes for `position`; `None`
+            takes small defaults.
     """
     if settings.window_frames is None:
         raise ValueError("a sweep compares steady chunks, which need a window; set --window-frames")
@@ -80,6 +81,8 @@ def _step_seconds(rollout: WanRollout) -> float:
 
 
 def _default_values(settings: BenchmarkSettings, kind: str) -> list[str]:
+    if kind == "position":
+        return list(POSITION_MODES)
     if kind == "window":
         least = settings.sink_frames + settings.chunk_frames
         return [str(least + extra * settings.chunk_frames) for extra in (0, 1, 2, 4)]
@@ -91,6 +94,10 @@ def _default_values(settings: BenchmarkSettings, kind: str) -> list[str]:
 
 
 def _replaced(settings: BenchmarkSettings, kind: str, value: str) -> BenchmarkSettings:
+    if kind == "position":
+        if value not in POSITION_MODES:
+            raise ValueError(f"the sweep value is {value!r}; position takes {', '.join(POSITION_MODES)}")
+        return dataclasses.replace(settings, position_mode=value)
     numbers = [int(word) if word.isdecimal() else 0 for word in value.split("x")]
     if 0 in numbers or len(numbers) != (2 if kind == "resolution" else 1):
         raise ValueError(f"the sweep value is {value!r}; {kind} takes {'HxW' if kind == 'resolution' else 'numbers'}")
