@@ -223,6 +223,30 @@ def test_recache_equals_a_cache_that_always_had_the_new_prompt(pipe):
     torch.testing.assert_close(got[:, : 3 * tokens], expected[:, 3 * tokens :], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("sink", ["keep", "refresh"])
+def test_a_recache_keeps_or_refreshes_the_sink(pipe, sink):
+    """Refreshed, the window's oldest frames are the new sink and stay; kept, the sink is still the first frames'."""
+    options = {**SIZE, "window_frames": 6, "sink_frames": 2, "recache_sink": sink, "chunk_frames": 2}
+    rollout = pipe.rollout("a red circle", **options, generator=generator(), output_type="latent")
+    for _ in range(5):
+        rollout.step()
+    frames = 2 * rollout.tokens_per_frame
+    old_sink = rollout.cache.block_caches[-1].cached_key[:, :frames].clone()
+    latents = rollout.history.last(6)  # frames 4 to 9
+    rollout.step(prompt="a blue cross")
+
+    blue = pipe.encode_for_rollout("a blue cross", 1).embeds
+    cache = WanKVCache(len(pipe.transformer.blocks))
+    with torch.no_grad():
+        pipe.transformer(latents, torch.zeros(1, 6), blue, frame_offset=4, attention_kwargs={"kv_cache": cache})
+    refreshed = cache.block_caches[-1].cached_key[:, :frames]
+    for _ in range(3):
+        got = rollout.cache.block_caches[-1].cached_key[:, :frames]
+        expected = old_sink if sink == "keep" else refreshed
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        rollout.step()
+
+
 def test_given_latents_come_first(pipe, count_forwards):
     given = torch.randn(1, 16, 4, 4, 4, generator=generator(5))
     chunks = list(pipe.stream("x", **SIZE, num_frames=33, video_latents=given, generator=generator()))
