@@ -134,12 +134,13 @@ def dry_run_text(config: GenerateConfig, plan: Any, videos: int) -> str:
     lines += [f"videos: {videos}", "each_video:"]
     for name, value in dataclasses.asdict(plan).items():
         shown = "null" if value is None else str(value)
-        comment = f"  # {_human_bytes(value)}" if name.endswith("_bytes") and value is not None else ""
+        comment = f"  # {human_bytes(value)}" if name.endswith("_bytes") and value is not None else ""
         lines.append(f"  {name}: {shown}{comment}")
     return "\n".join(lines)
 
 
-def _human_bytes(count: int) -> str:
+def human_bytes(count: int) -> str:
+    """`1.5 MiB` for 1572864."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:

@@ -16,6 +16,7 @@ from wan_autoregressive.scripts.benchmark.measure import ChunkMeasure, RolloutMe
 from wan_autoregressive.scripts.benchmark.roofline import Roofline
 from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
 from wan_autoregressive.scripts.benchmark.sweep import SweepRow
+from wan_autoregressive.scripts.run_report import human_bytes
 
 REPORT_VERSION = 1
 
@@ -181,13 +182,3 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
-
-
-def human_bytes(count: int) -> str:
-    """`1.5 MiB` for 1572864."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.4g} {unit}"
-        amount /= 1024
-    return f"{amount:.4g} GiB"

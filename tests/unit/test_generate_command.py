@@ -234,8 +234,8 @@ def test_bad_input_is_one_line_and_code_2_and_nothing_written(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (VideoWriteError("could not write 'x.mp4': No space left on device"), 1, "could not write 'x.mp4': No space"),
-        (OSError(28, "No space left on device", "x.json"), 1, "x.json: No space left on device"),
+        (VideoWriteError("could not write 'x.mp4': No space left on device"), 2, "could not write 'x.mp4': No space"),
+        (OSError(28, "No space left on device", "x.json"), 2, "x.json: No space left on device"),
         (PermissionError(13, "Permission denied", "x.json"), 2, "x.json: Permission denied"),
         (KeyError("lost"), 1, "unexpected KeyError: 'lost' (--debug shows where)"),
         (ValueError("two\nlines"), 2, "two lines"),
