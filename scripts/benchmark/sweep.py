@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
+from wan_autoregressive.cache.kv_cache import PositionMode
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.benchmark.build import start_rollout
@@ -97,7 +99,7 @@ def _replaced(settings: BenchmarkSettings, kind: str, value: str) -> BenchmarkSe
     if kind == "position":
         if value not in POSITION_MODES:
             raise ValueError(f"the sweep value is {value!r}; position takes {', '.join(POSITION_MODES)}")
-        return dataclasses.replace(settings, position_mode=value)
+        return dataclasses.replace(settings, position_mode=cast(PositionMode, value))
     numbers = [int(word) if word.isdecimal() else 0 for word in value.split("x")]
     if 0 in numbers or len(numbers) != (2 if kind == "resolution" else 1):
         raise ValueError(f"the sweep value is {value!r}; {kind} takes {'HxW' if kind == 'resolution' else 'numbers'}")
