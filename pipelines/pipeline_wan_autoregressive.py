@@ -54,12 +54,10 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from diffusers.utils import export_to_video
         >>> from wan_autoregressive import WanAutoregressivePipeline
-
         >>> # A folder made by `wan-ar convert self_forcing_dmd.pt --base Wan2.1-T2V-1.3B-Diffusers --output DIR`
         >>> pipe = WanAutoregressivePipeline.from_pretrained("DIR", dtype=torch.bfloat16).to("cuda")
         >>> video = pipe("a fox runs through fresh snow", num_frames=81).frames[0]
         >>> export_to_video(video, "fox.mp4", fps=16)
-
         >>> for chunk in pipe.stream("a fox runs through fresh snow", window_frames=12, sink_frames=3):
         ...     show(chunk.frames)  # endless; stop when you like
         ```
@@ -563,7 +561,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return 0 if image is None else 1
 
     def _pixel_size(self, height: int | None, width: int | None, *tensors: torch.Tensor | None) -> tuple[int, int]:
-        """Height and width, from latents if they are given and the sizes are not."""
+        """From latents if they are given and the sizes are not."""
         for tensor in tensors:
             if tensor is not None and tensor.ndim == 5:
                 height = height or tensor.shape[3] * self.vae_scale_factor_spatial
