@@ -14,9 +14,9 @@ from wan_autoregressive.scripts.benchmark.counting import AllocationMode, StageC
 from wan_autoregressive.scripts.benchmark.fit import fit_line
 from wan_autoregressive.scripts.benchmark.plot import draw_chunk_times, nice_step
 from wan_autoregressive.scripts.benchmark.presets import PRESETS
-from wan_autoregressive.scripts.run_report import human_bytes
 from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
 from wan_autoregressive.scripts.benchmark.sweep import sweep_settings
+from wan_autoregressive.scripts.run_report import human_bytes
 
 SMALL = {
     "num_attention_heads": 2,
