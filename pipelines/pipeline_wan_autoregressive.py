@@ -368,7 +368,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         check_sizes(self, config, given_frames)
         check_prompts(self, config, [first_prompt, negative or "", *schedule.values()], list(schedule))
         batch_size = prompt_count(first_prompt) * num_videos_per_prompt
-        scheduler = self.chunk_scheduler(config)
+        schedulers = self.chunk_schedulers(config)
         check_tensors(self, config, batch_size, given_frames, latents, video_latents, generator)
 
         # 2. Encode prompts
@@ -390,7 +390,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return WanRollout(
             pipe=self,
             config=config,
-            scheduler=scheduler,
+            schedulers=schedulers,
             prompt=first_state,
             negative_prompt_embeds=negative_embeds,
             prompt_schedule=states,
@@ -493,19 +493,21 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         _, patch_height, patch_width = self.transformer.config.patch_size
         return (height // patch_height) * (width // patch_width)
 
-    def chunk_scheduler(
+    def chunk_schedulers(
         self, config: RolloutConfig, scheduler_config: dict[str, Any] | None = None
-    ) -> SelfForcingScheduler:
-        """The scheduler of one rollout, with its step list; the pipeline's own is never changed.
+    ) -> tuple[SelfForcingScheduler, SelfForcingScheduler]:
+        """The schedulers of one rollout's first and later chunks; the pipeline's own is never changed.
 
         Args:
             scheduler_config (`dict`, *optional*): Of a scheduler to use in the place of the pipeline's.
         """
-        scheduler = SelfForcingScheduler.from_config(scheduler_config or self.scheduler.config)
-        if config.first_chunk_steps is not None:
-            scheduler.set_timesteps(denoising_steps=config.first_chunk_steps)  # refused here if it cannot work
-        scheduler.set_timesteps(config.num_inference_steps, denoising_steps=config.denoising_steps)
-        return scheduler
+        later = SelfForcingScheduler.from_config(scheduler_config or self.scheduler.config)
+        later.set_timesteps(config.num_inference_steps, denoising_steps=config.denoising_steps)
+        if config.first_chunk_steps is None:
+            return later, later
+        first = SelfForcingScheduler.from_config(later.config)
+        first.set_timesteps(denoising_steps=config.first_chunk_steps)
+        return first, later
 
     def new_kv_cache(self, config: RolloutConfig, total_frames: int | None) -> WanKVCache:
         """An empty cache for one video (one branch of guidance)."""

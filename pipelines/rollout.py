@@ -1,6 +1,5 @@
 """One video in the making: everything that lives as long as it does, and the steps that lengthen it."""
 
-import copy
 import dataclasses
 import os
 import threading
@@ -66,7 +65,7 @@ class WanRollout:
         self,
         pipe: "WanAutoregressivePipeline",
         config: RolloutConfig,
-        scheduler: SelfForcingScheduler,
+        schedulers: tuple[SelfForcingScheduler, SelfForcingScheduler],
         prompt: PromptState,
         negative_prompt_embeds: torch.Tensor | None = None,
         prompt_schedule: dict[int, PromptState] | None = None,
@@ -98,11 +97,7 @@ class WanRollout:
         self.device = pipe._execution_device
         self.grid = pipe.frame_grid(config, 0 if video_latents is None else video_latents.shape[2])
         self.latent_height, self.latent_width = pipe.latent_size(config.height, config.width)
-        self.scheduler = scheduler
-        self.first_scheduler = scheduler
-        if config.first_chunk_steps is not None:
-            self.first_scheduler = copy.copy(scheduler)
-            self.first_scheduler.set_timesteps(denoising_steps=config.first_chunk_steps)
+        self.first_scheduler, self.scheduler = schedulers
         self.tokens_per_frame = pipe.tokens_per_frame(config)
 
         self.cache = self._new_cache()

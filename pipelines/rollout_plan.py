@@ -30,9 +30,9 @@ def plan_rollout(
 ) -> RolloutPlan:
     """Count without running anything. Raises `ValueError` as the rollout itself would."""
     check_sizes(pipe, config, given_frames)
-    steps = pipe.chunk_scheduler(config).num_inference_steps
-    first_steps = config.num_source_steps(len(config.first_chunk_steps or ()) or steps)
-    steps = config.num_source_steps(steps)
+    first_steps, steps = (
+        config.num_source_steps(scheduler.num_inference_steps) for scheduler in pipe.chunk_schedulers(config)
+    )
     branches = 2 if config.do_classifier_free_guidance else 1
     grid = pipe.frame_grid(config, given_frames)
     chunks = forwards = cache_bytes = vae_bytes = None

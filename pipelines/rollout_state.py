@@ -96,7 +96,7 @@ def resume_rollout(
         pipe=pipe,
         config=config,
         # Its own, not the pipeline's present one: step lists and shift belong to the video.
-        scheduler=pipe.chunk_scheduler(config, saved["scheduler"]),
+        schedulers=pipe.chunk_schedulers(config, saved["scheduler"]),
         prompt=attributes["prompt"],
         negative_prompt_embeds=attributes["negative_prompt_embeds"],
         generator=_load_generators(saved["generator"], generator_device),

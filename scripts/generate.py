@@ -37,7 +37,7 @@ from wan_autoregressive.scripts.resumable_render import (
     pixels_sha256,
     render_resumable,
 )
-from wan_autoregressive.scripts.run_report import RunTimes, describe_device, dry_run_text, write_report
+from wan_autoregressive.scripts.run_report import RunTimes, describe_device, dry_run_text, write_chunk, write_report
 from wan_autoregressive.video_writer import VideoWriter
 
 
@@ -133,12 +133,7 @@ def render(
         VideoWriter(job.output, fps=config.fps, scale=config.scale) as writer,
     ):
         for chunk in pipe.stream(job.prompt, **arguments):
-            frames = chunk.frames[0]
-            times.add_chunk(chunk.timings, len(frames), time.perf_counter() - start)
-            with times.measure("encode"):
-                writer.write(frames)
-            bar.set_postfix_str(f"{times.frames / (time.perf_counter() - start):.2f} frames/s", refresh=False)
-            bar.update()
+            write_chunk(chunk, writer, times, start, bar)
         with times.measure("encode"):
             writer.close()
     times.total_s = time.perf_counter() - start

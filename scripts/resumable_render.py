@@ -23,7 +23,7 @@ from tqdm import tqdm
 from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.scripts.earlier_runs import first_difference
 from wan_autoregressive.scripts.interrupts import SoftInterrupt
-from wan_autoregressive.scripts.run_report import RunTimes
+from wan_autoregressive.scripts.run_report import RunTimes, write_chunk
 from wan_autoregressive.segments import join_segments
 from wan_autoregressive.video_writer import VideoWriteError, VideoWriter
 
@@ -188,12 +188,7 @@ def _render_segment(
     with VideoWriter(path, fps=config.fps, scale=config.scale) as writer:
         for _ in range(every_chunks):
             chunk = rollout.step()
-            frames = chunk.frames[0]
-            times.add_chunk(chunk.timings, len(frames), time.perf_counter() - start)
-            with times.measure("encode"):
-                writer.write(frames)
-            bar.set_postfix_str(f"{times.frames / (time.perf_counter() - start):.2f} frames/s", refresh=False)
-            bar.update()
+            write_chunk(chunk, writer, times, start, bar)
             if rollout.done or stop.requested:
                 break
         with times.measure("encode"):

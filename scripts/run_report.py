@@ -80,6 +80,20 @@ class RunTimes:
         return (self.frames - self.first_chunk_frames) / (self.total_s - self.first_chunk_s)
 
 
+def write_chunk(chunk: Any, writer: Any, times: RunTimes, start: float, bar: Any) -> None:
+    """Write a chunk's frames to the mp4, account for its time and move the bar on.
+
+    Args:
+        start: `time.perf_counter()` when the video began.
+    """
+    frames = chunk.frames[0]
+    times.add_chunk(chunk.timings, len(frames), time.perf_counter() - start)
+    with times.measure("encode"):
+        writer.write(frames)
+    bar.set_postfix_str(f"{times.frames / (time.perf_counter() - start):.2f} frames/s", refresh=False)
+    bar.update()
+
+
 def write_report(path: Path, config: GenerateConfig, device: str, dtype: str, times: RunTimes) -> None:
     """Write the JSON for one video atomically; OSError when it cannot be written."""
     report = {
