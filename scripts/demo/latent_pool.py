@@ -26,8 +26,8 @@ CLIP_CHUNKS = 4
 class PoolSettings:
     """How much is encoded: entries of whole clips (4 chunks) and of first chunks alone."""
 
-    clips: int = 1600
-    first_chunks: int = 5000
+    clips: int = 1200
+    first_chunks: int = 4000
 
 
 @dataclasses.dataclass

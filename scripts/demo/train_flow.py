@@ -43,9 +43,9 @@ class FlowSettings:
     first_batch: int = 32
     clip_batch: int = 4
     copies: int = 2  # noisy copies of each clip in one packed forward
-    flow_steps: int = 2000
-    few_step_steps: int = 1500
-    rollout_steps: int = 300
+    flow_steps: int = 1600
+    few_step_steps: int = 1000
+    rollout_steps: int = 200
     flow_rate: float = 3e-3
     few_step_rate: float = 2e-3
     rollout_rate: float = 8e-4

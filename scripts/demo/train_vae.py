@@ -26,7 +26,7 @@ class VaeSettings:
     """Sizes of the VAE and of its training. `phases`: (share of the steps, clip frames, clips per batch)."""
 
     base_dim: int = 16
-    steps: int = 2000
+    steps: int = 1600
     decoder_steps: int = 600
     learning_rate: float = 3e-3
     phases: tuple[tuple[float, int, int], ...] = ((0.15, 5, 16), (1.0, 13, 4))

@@ -1,6 +1,7 @@
 """What the training stages share: workers, a resumable loop, the log."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 import time
@@ -85,7 +86,8 @@ class Schedule:
 
 
 def log_line(folder: Path, **values: object) -> None:
-    """Append one JSON line to `train_log.jsonl` in `folder`."""
+    """Append one JSON line, with the time of day, to `train_log.jsonl` in `folder`."""
+    values["at"] = datetime.datetime.now().isoformat(timespec="seconds")
     with (folder / "train_log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({key: _rounded(value) for key, value in values.items()}) + "\n")
 
