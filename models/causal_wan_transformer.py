@@ -9,176 +9,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks the base class up in this module
-from diffusers.models.transformers.transformer_wan import (
-    WanAttention,
-    WanAttnProcessor,
-    WanRotaryPosEmbed,
-    WanTransformer3DModel,
-    WanTransformerBlock,
-    _get_qkv_projections,
-)
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
 
 from wan_autoregressive.cache import WanKVBlockCache, WanKVCache
-from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
-
-
-class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
-    """Rotary tables for frames that start at `frame_offset` instead of 0."""
-
-    def forward(self, hidden_states: torch.Tensor, frame_offset: int = 0) -> RotaryEmbedding:
-        """cos and sin, each `(1, frames * height * width, 1, head_dim)` after patching.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): For its shape.
-            frame_offset (`int`): Position of the first frame, counted after patching.
-
-        Raises:
-            ValueError: a position outside the table (`rope_max_seq_len` of the config).
-        """
-        frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
-        return self.at([(frame_offset, frame_offset + frames)], height, width)
-
-    def at(self, positions: Sequence[tuple[int, int]], height: int, width: int) -> RotaryEmbedding:
-        """cos and sin of frames at the given runs of temporal positions `[start, stop)`, `height` x `width` each."""
-        for start, stop in positions:
-            if start < 0 or stop > self.max_seq_len:
-                raise ValueError(
-                    f"frames {start} to {stop - 1} leave the rotary table of {self.max_seq_len} positions "
-                    "(rope_max_seq_len). Absolute positions end there; relative ones do not"
-                )
-        return (
-            self._lay_out(self.freqs_cos, positions, height, width),
-            self._lay_out(self.freqs_sin, positions, height, width),
-        )
-
-    def rotation(self, frames: int) -> RotaryEmbedding:
-        """cos and sin that move keys by some frames in time, forward or back."""
-        cos, sin = self.at([(abs(frames), abs(frames) + 1)], 1, 1)
-        return cos, sin if frames >= 0 else -sin
-
-    def _lay_out(
-        self, table: torch.Tensor, positions: Sequence[tuple[int, int]], height: int, width: int
-    ) -> torch.Tensor:
-        time, row, column = table.split([self.t_dim, self.h_dim, self.w_dim], dim=1)
-        time = torch.cat([time[start:stop] for start, stop in positions])  # (frames, t_dim)
-        frames = time.shape[0]
-        grid = (frames, height, width, -1)
-        time = time.view(frames, 1, 1, -1).expand(grid)
-        row = row[:height].view(1, height, 1, -1).expand(grid)
-        column = column[:width].view(1, 1, width, -1).expand(grid)
-        return torch.cat([time, row, column], dim=-1).reshape(1, frames * height * width, 1, -1)
-
-
-class CausalWanTimesteps(Timesteps):
-    """Sinusoidal timestep embedding with a choice of precision.
-
-    diffusers computes it in float32; the original Wan code in float64, which brings latents from 1.2e-5 to 2e-6 of
-    the original's.
-    """
-
-    sinusoid_dtype = torch.float32
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        if self.sinusoid_dtype == torch.float32:
-            return super().forward(timesteps)
-        half = self.num_channels // 2
-        exponent = torch.arange(half, dtype=self.sinusoid_dtype, device=timesteps.device) / half
-        angles = timesteps[:, None].to(self.sinusoid_dtype) * torch.pow(10000, -exponent)  # (timesteps, half)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-class CausalWanAttnProcessor(WanAttnProcessor):
-    """Self-attention over the chunk and what the cache holds of the past.
-
-    No mask: causality between chunks comes from the cache holding only the past, so every attention backend works.
-    With `key_rotary_emb` the cache holds keys without rotary embedding, which are rotated when they are used.
-    """
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary_emb: RotaryEmbedding | None = None,
-        kv_cache: WanKVBlockCache | None = None,
-        key_rotary_emb: RotaryEmbedding | None = None,
-    ) -> torch.Tensor:
-        query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
-        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
-        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-        value = value.unflatten(2, (attn.heads, -1))
-        if rotary_emb is not None:
-            query = apply_rotary_emb(query, *rotary_emb)
-            if key_rotary_emb is None:
-                key = apply_rotary_emb(key, *rotary_emb)
-        if kv_cache is not None:
-            key, value = kv_cache.write(key, value)  # (batch, cached tokens, heads, head_dim)
-        if key_rotary_emb is not None:
-            key = apply_rotary_emb(key, *key_rotary_emb)
-
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        hidden_states = hidden_states.flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](hidden_states))
-
-
-class CausalWanTransformerBlock(WanTransformerBlock):
-    """Upstream's block, with modulation per group of tokens and a cache for self-attention."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
-        rotary_emb: RotaryEmbedding,
-        kv_cache: WanKVBlockCache | None = None,
-        key_rotary_emb: RotaryEmbedding | None = None,
-    ) -> torch.Tensor:
-        """`hidden_states` is `(batch, tokens, dim)`; `temb` `(batch, groups, 6, dim)`, each group being
-        `tokens / groups` consecutive tokens: the whole input, a frame, or a token."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table.unsqueeze(0) + temb.float()).unbind(
-            dim=2
-        )  # 6 x (batch, groups, dim)
-
-        # 1. Self-attention
-        norm_hidden_states = modulate(self.norm1(hidden_states.float()), scale, shift).type_as(hidden_states)
-        attn_output = self.attn1(
-            norm_hidden_states, None, None, rotary_emb, kv_cache=kv_cache, key_rotary_emb=key_rotary_emb
-        )
-        hidden_states = (hidden_states.float() + apply_gate(attn_output, gate)).type_as(hidden_states)
-
-        # 2. Cross-attention
-        norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, None, None)
-
-        # 3. Feed-forward
-        norm_hidden_states = modulate(self.norm3(hidden_states.float()), ff_scale, ff_shift).type_as(hidden_states)
-        ff_output = self.ffn(norm_hidden_states)
-        return (hidden_states.float() + apply_gate(ff_output.float(), ff_gate)).type_as(hidden_states)
-
-
-def modulate(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`normed * (1 + scale) + shift`: `(batch, tokens, dim)` with `(batch, groups, dim)`, no copy per token."""
-    grouped = normed.unflatten(1, (scale.shape[1], -1))  # (batch, groups, tokens / groups, dim)
-    return (grouped * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
-
-
-def apply_gate(hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return (hidden_states.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+from wan_autoregressive.cache.rotary import RotaryEmbedding
+from wan_autoregressive.models.causal_wan_block import (
+    CausalWanAttnProcessor,
+    CausalWanCrossAttnProcessor,
+    CausalWanTransformerBlock,
+    modulate,
+)
+from wan_autoregressive.models.causal_wan_embeddings import (
+    CausalWanRotaryPosEmbed,
+    CausalWanTimesteps,
+    CausalWanTimeTextImageEmbedding,
+)
+from wan_autoregressive.models.conditions import ConditionMemory, TimeConditions
+from wan_autoregressive.models.forward_plan import ForwardPlan
+from wan_autoregressive.models.lean_layers import LeanGELU, LeanRMSNorm
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -228,58 +79,62 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             encoder_hidden_states (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`): Prompt embeddings. Zero
                 padding is attended to, as in Wan.
             attention_kwargs (`dict`, *optional*): `kv_cache` is the [`WanKVCache`] to attend through and to write,
-                in its current mode; `scale` the LoRA scale.
+                in its current mode; `plan` a [`ForwardPlan`] that [`plan_forward`] made for that cache; `scale` the
+                LoRA scale.
             frame_offset (`int`, defaults to 0): Position of the chunk's first frame in the video, in latent frames
-                after patching. A cache with relative positions makes its own.
+                after patching. A cache with relative positions makes its own, and a plan has it.
 
         Returns:
-            [`~models.modeling_outputs.Transformer2DModelOutput`] or a tuple with the flow, shaped as `hidden_states`.
+            [`~models.modeling_outputs.Transformer2DModelOutput`] or a tuple with the flow, shaped as `hidden_states`;
+            with `None` after a plan with `keys_values_only`.
 
         Raises:
             ValueError: a timestep of another shape, a position past the rotary table, a chunk that the cache refuses,
                 or a cache together with diffusers' block-skipping caches.
         """
-        kv_cache: WanKVCache | None = (attention_kwargs or {}).get("kv_cache")
-        if kv_cache is not None:
-            self._check_kv_cache(kv_cache)
+        attention_kwargs = attention_kwargs or {}
+        kv_cache: WanKVCache | None = attention_kwargs.get("kv_cache")
+        plan: ForwardPlan | None = attention_kwargs.get("plan")
+        is_own_plan = plan is None
+        if plan is None:
+            plan = self.plan_forward(hidden_states, kv_cache, frame_offset)
         batch_size, _, num_frames, height, width = hidden_states.shape
         p_t, p_h, p_w = self.config.patch_size
         frames, rows, columns = num_frames // p_t, height // p_h, width // p_w  # after patching
         timestep = self._grouped_timestep(timestep, batch_size, frames, frames * rows * columns)
 
-        # 1. Positions and patches
-        block_caches: list[Any] = [None] * len(self.blocks)
-        if kv_cache is not None:
-            block_caches = kv_cache.begin_forward(num_tokens=frames * rows * columns)
-        rotary_emb, key_rotary_emb = self._rotary_embeddings(hidden_states, frame_offset, kv_cache)
+        # 1. Patches
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
-        # 2. Conditions: temb (batch, groups, dim), timestep_proj (batch, groups, 6, dim)
-        temb, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
-            timestep.flatten(),
-            encoder_hidden_states,
+        # 2. Conditions: temb (batch, groups, dim), modulation (batch, groups, 6, dim), text where it is not known yet
+        time, text = plan.time or TimeConditions(), plan.text
+        temb, modulation, encoder_hidden_states = self.condition_embedder(
+            timestep if time.modulation is None else None,
+            encoder_hidden_states if text is None or not text.complete else None,
             encoder_hidden_states_image,
-            timestep_seq_len=timestep.shape[1],
+            hidden_states.dtype,
         )
-        timestep_proj = timestep_proj.unflatten(2, (6, -1))
-        if encoder_hidden_states_image is not None:
-            encoder_hidden_states = torch.concat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
+        if modulation is not None:
+            time.temb, time.modulation = temb, modulation
 
         # 3. Blocks, each with its own part of the cache
-        for block, block_cache in zip(self.blocks, block_caches, strict=True):
+        block_texts = [None] * len(self.blocks) if text is None else text.blocks
+        for block, block_cache, block_text in zip(self.blocks, plan.block_caches, block_texts, strict=True):
+            is_end = plan.keys_values_only and block is self.blocks[-1]
+            inputs = (hidden_states, encoder_hidden_states, time.modulation, plan.rotary_emb)
+            inputs += (block_cache, plan.key_rotary_emb, block_text, is_end)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, block_cache, key_rotary_emb
-                )
+                hidden_states = self._gradient_checkpointing_func(block, *inputs)
             else:
-                hidden_states = block(
-                    hidden_states, encoder_hidden_states, timestep_proj, rotary_emb, block_cache, key_rotary_emb
-                )
-        if kv_cache is not None:
+                hidden_states = block(*inputs)
+        if is_own_plan and kv_cache is not None:
             kv_cache.end_forward()
+        if plan.keys_values_only:
+            return Transformer2DModelOutput(sample=None) if return_dict else (None,)
 
         # 4. Output norm, projection and unpatchify
-        shift, scale = (self.scale_shift_table.unsqueeze(0).to(temb.device) + temb.unsqueeze(2)).unbind(dim=2)
+        table = self.scale_shift_table.unsqueeze(0).to(time.temb.device)
+        shift, scale = (table + time.temb.unsqueeze(2)).unbind(dim=2)
         shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
         hidden_states = modulate(self.norm_out(hidden_states.float()), scale, shift).type_as(hidden_states)
         hidden_states = self.proj_out(hidden_states)
@@ -288,20 +143,69 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         sample = hidden_states.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (batch, channels, frames, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _rotary_embeddings(
-        self, hidden_states: torch.Tensor, frame_offset: int, kv_cache: WanKVCache | None
-    ) -> tuple[RotaryEmbedding, RotaryEmbedding | None]:
-        """Tables for the chunk, and for all cached keys if they are rotated when used."""
-        if kv_cache is None or kv_cache.position_mode == "absolute":
-            return self.rope(hidden_states, frame_offset), None
+    def plan_forward(
+        self,
+        hidden_states: torch.Tensor,
+        kv_cache: WanKVCache | None = None,
+        frame_offset: int = 0,
+        keys_values_only: bool = False,
+        memory: ConditionMemory | None = None,
+        timestep: float | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+    ) -> ForwardPlan:
+        """Settle positions and cache slots of the next forward, and look up what earlier ones have computed.
+
+        A forward with a cache and no plan makes its own. A caller that makes it calls `kv_cache.end_forward()` once
+        the forward has succeeded; a compiled forward then holds tensors only.
+
+        Args:
+            hidden_states: The forward's, for its shape and device.
+            keys_values_only (`bool`): End with the last block's keys and values in the cache; there is no flow then.
+            memory ([`ConditionMemory`], *optional*): Of the video, with `timestep` (of the whole chunk) and
+                `encoder_hidden_states` as they will be passed to the forward.
+
+        Raises:
+            ValueError: a position past the rotary table, a chunk that the cache refuses, a cache of another model or
+                together with diffusers' block-skipping caches, or `keys_values_only` without a cache.
+        """
+        if keys_values_only and kv_cache is None:
+            raise ValueError("keys_values_only without a kv_cache leaves nothing to compute")
         frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
-        tokens_per_frame = height * width
+        block_caches: Sequence[WanKVBlockCache | None] = [None] * len(self.blocks)
+        start, key_positions = frame_offset, None
+        if kv_cache is not None:
+            self._check_kv_cache(kv_cache)
+            block_caches = kv_cache.begin_forward(num_tokens=frames * height * width)
+            start, key_positions = self._positions(kv_cache, frame_offset, frames, height * width)
+
+        def tables(positions: Sequence[tuple[int, int]]) -> RotaryEmbedding:
+            def make() -> RotaryEmbedding:
+                cos, sin = self.rope.at(positions, height, width)
+                return cos.to(hidden_states.device), sin.to(hidden_states.device)
+
+            key = (tuple(positions), height, width, hidden_states.device)
+            return make() if memory is None else memory.rotary(key, make)
+
+        plan = ForwardPlan(block_caches, tables([(start, start + frames)]), keys_values_only=keys_values_only)
+        if key_positions is not None:
+            plan.key_rotary_emb = tables(key_positions)
+        if memory is not None and timestep is not None:
+            plan.time = memory.time(timestep)
+        if memory is not None and encoder_hidden_states is not None:
+            plan.text = memory.text(encoder_hidden_states, len(self.blocks))
+        return plan
+
+    def _positions(
+        self, kv_cache: WanKVCache, frame_offset: int, frames: int, tokens_per_frame: int
+    ) -> tuple[int, list[tuple[int, int]] | None]:
+        """Position of the chunk's first frame, and those of all cached keys if they are rotated when used."""
+        if kv_cache.position_mode == "absolute":
+            return frame_offset, None
         if kv_cache.position_mode == "sink_relative":
-            offset = kv_cache.slide(frame_offset, frames, tokens_per_frame, self.rope.max_seq_len, self.rope.rotation)
-            return self.rope(hidden_states, offset), None
+            rope = self.rope
+            return kv_cache.slide(frame_offset, frames, tokens_per_frame, rope.max_seq_len, rope.rotation), None
         positions = kv_cache.planned_frame_positions(tokens_per_frame)
-        newest = max(stop for _, stop in positions)
-        return self.rope(hidden_states, newest - frames), self.rope.at(positions, height, width)
+        return max(stop for _, stop in positions) - frames, positions
 
     def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1) -> int:
         """Bytes that keys and values of `num_tokens` tokens take over all blocks, in this model's dtype."""
@@ -333,10 +237,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
 def _make_causal(model: WanTransformer3DModel) -> None:
     model.rope.__class__ = CausalWanRotaryPosEmbed
+    model.condition_embedder.__class__ = CausalWanTimeTextImageEmbedding
     model.condition_embedder.timesteps_proj.__class__ = CausalWanTimesteps
     for block in model.blocks:
         block.__class__ = CausalWanTransformerBlock
-        processor = CausalWanAttnProcessor()
-        processor._attention_backend = block.attn1.processor._attention_backend
-        processor._parallel_config = block.attn1.processor._parallel_config
-        block.attn1.set_processor(processor)
+        block.ffn.net[0].__class__ = LeanGELU
+        for norm in (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q, block.attn2.norm_k):
+            norm.__class__ = LeanRMSNorm
+        for attention, processor in (
+            (block.attn1, CausalWanAttnProcessor()),
+            (block.attn2, CausalWanCrossAttnProcessor()),
+        ):
+            processor._attention_backend = attention.processor._attention_backend
+            processor._parallel_config = attention.processor._parallel_config
+            attention.set_processor(processor)

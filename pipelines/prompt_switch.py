@@ -42,7 +42,7 @@ def recache(rollout: "WanRollout") -> None:
     num_frames = min(window, frames_done) - (config.sink_frames if keep_sink else 0)
     rollout.cache.enable_rewrite_mode(keep_sink=keep_sink)
     latents = rollout.history.last(num_frames)
-    rollout.flow(latents, config.context_noise, frames_done - num_frames, rollout.cache, rollout.prompt.embeds)
+    rollout.write_past(latents, config.context_noise, frames_done - num_frames, rollout.cache, rollout.prompt.embeds)
 
 
 def flush(rollout: "WanRollout") -> None:

@@ -12,6 +12,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from wan_autoregressive.cache import WanKVCache
+from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents
 from wan_autoregressive.pipelines.finite_check import check_finite
 from wan_autoregressive.pipelines.frame_grid import FrameBlock, pixel_frames_of
@@ -102,6 +103,7 @@ class WanRollout:
 
         self.cache = self._new_cache()
         self.negative_cache = self._new_cache() if config.do_classifier_free_guidance else None
+        self.conditions = ConditionMemory(num_prompts=len(self.branches()))
         self.history = LatentHistory(config.window_frames)
         self.vae_decoder = None if config.output_type == "latent" else StreamingVaeDecoder(pipe.vae)
         self._lock = threading.Lock()
@@ -171,6 +173,7 @@ class WanRollout:
         if self.negative_cache is not None:
             self.negative_cache.reset()
         self.history.clear()
+        self.conditions.forget()
         if self.vae_decoder is not None:
             self.vae_decoder.reset()
         self._prompt_schedule.clear()
@@ -226,6 +229,7 @@ class WanRollout:
         block = self.grid.block(self.chunks_done, self.frames_done)
         timings = StageTimings(self.device)
         self._steps_finite = []
+        self.conditions.notice_adapters(self.pipe.transformer)
         while self._seconds_before:
             timings.add_seconds(*self._seconds_before.popitem())
         source_latents = None
@@ -295,10 +299,10 @@ class WanRollout:
         start = self.frames_done - block_frames
         if not skip_prompt_branch:
             self.cache.enable_overwrite_mode()
-            self.flow(latents, self.config.context_noise, start, self.cache, self.prompt.embeds)
+            self.write_past(latents, self.config.context_noise, start, self.cache, self.prompt.embeds)
         if self.negative_cache is not None:
             self.negative_cache.enable_overwrite_mode()
-            self.flow(latents, self.config.context_noise, start, self.negative_cache, self.negative_prompt_embeds)
+            self.write_past(latents, self.config.context_noise, start, *self.branches()[1])
         self._clean_pass_due = False
 
     def _write_given(self, block: FrameBlock) -> torch.Tensor:
@@ -307,7 +311,7 @@ class WanRollout:
         latents = self.given_latents[:, :, block.start : block.stop]
         for cache, embeds in self.branches():
             cache.enable_append_mode()
-            self.flow(latents, 0.0, block.start, cache, embeds)
+            self.write_past(latents, 0.0, block.start, cache, embeds)
         self._newest_block_frames = block.num_frames
         return latents
 
@@ -354,23 +358,48 @@ class WanRollout:
             cache.jump_frames = num_frames
 
     def flow(
-        self, latents: torch.Tensor, timestep: float, start: int, cache: WanKVCache, embeds: torch.Tensor | None
+        self, latents: torch.Tensor, timestep: float, start: int, cache: WanKVCache, embeds: torch.Tensor
     ) -> torch.Tensor:
         """One forward through a cache: the flow of `latents`, whose first frame is latent frame `start`."""
+        flow = self._forward(latents, timestep, start, cache, embeds)
+        assert flow is not None
+        return flow
+
+    def write_past(
+        self, latents: torch.Tensor, timestep: float, start: int, cache: WanKVCache, embeds: torch.Tensor
+    ) -> None:
+        """The part of a forward that leaves keys and values in a cache: no last attention, feed-forward and head."""
+        self._forward(latents, timestep, start, cache, embeds, keys_values_only=True)
+
+    def _forward(
+        self,
+        latents: torch.Tensor,
+        timestep: float,
+        start: int,
+        cache: WanKVCache,
+        embeds: torch.Tensor,
+        keys_values_only: bool = False,
+    ) -> torch.Tensor | None:
         transformer = self.pipe.transformer
-        timesteps = torch.full((self.batch_size, latents.shape[2]), timestep, device=self.device, dtype=torch.float32)
-        return transformer(
-            hidden_states=latents.to(transformer.dtype),
-            timestep=timesteps,
+        latents, frame_offset = latents.to(transformer.dtype), start + self._position_shift
+        plan = transformer.plan_forward(
+            latents, cache, frame_offset, keys_values_only, self.conditions, timestep, embeds
+        )
+        flow = transformer(
+            hidden_states=latents,
+            timestep=torch.full((self.batch_size, 1), timestep, device=self.device, dtype=torch.float32),
             encoder_hidden_states=embeds,
-            frame_offset=start + self._position_shift,
-            attention_kwargs={**self._attention_kwargs, "kv_cache": cache},
+            frame_offset=frame_offset,
+            attention_kwargs={**self._attention_kwargs, "kv_cache": cache, "plan": plan},
             return_dict=False,
         )[0]
+        cache.end_forward()
+        return flow
 
-    def branches(self) -> list[tuple[WanKVCache, torch.Tensor | None]]:
-        branches: list[tuple[WanKVCache, torch.Tensor | None]] = [(self.cache, self.prompt.embeds)]
-        if self.negative_cache is not None:
+    def branches(self) -> list[tuple[WanKVCache, torch.Tensor]]:
+        """The cache and the embeddings of the prompt and, with guidance, of the negative prompt."""
+        branches = [(self.cache, self.prompt.embeds)]
+        if self.negative_cache is not None and self.negative_prompt_embeds is not None:
             branches.append((self.negative_cache, self.negative_prompt_embeds))
         return branches
 

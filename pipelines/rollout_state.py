@@ -16,6 +16,7 @@ import torch
 
 from wan_autoregressive._version import __version__
 from wan_autoregressive.cache.cache_state import cache_state, load_cache_state
+from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.pipelines.model_identity import check_same_model, model_identity
 from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.state_folder import read_state, write_state
@@ -51,6 +52,7 @@ SAVED_APART = ("config", "scheduler", "generator", "cache", "negative_cache", "h
 MADE_ANEW = (
     *("pipe", "batch_size", "device", "grid", "latent_height", "latent_width", "tokens_per_frame", "first_scheduler"),
     *("_lock", "_failed", "_steps_finite", "on_progress", "_on_step_end", "source"),
+    "conditions",
 )
 
 
@@ -126,6 +128,7 @@ def fork_rollout(rollout: "WanRollout") -> "WanRollout":
         twin.history._chunks = list(rollout.history._chunks)
         for name in PACKED:
             setattr(twin, name, copy.copy(value) if isinstance(value := getattr(rollout, name), dict) else value)
+        twin.conditions = ConditionMemory(num_prompts=len(rollout.branches()))
         twin.vae_decoder = None if rollout.vae_decoder is None else rollout.vae_decoder.fork()
         twin._lock = threading.Lock()
         twin.on_progress = None

@@ -63,6 +63,46 @@ def flops_per_forward(
     return batch * (patches + time + text_projection + layers * layer + tail)
 
 
+def flops_per_chunk(
+    config: Mapping[str, Any],
+    index: int,
+    chunk_tokens: int,
+    window_tokens: int | None,
+    steps: int,
+    text_tokens: int = 512,
+    batch: int = 1,
+) -> dict[str, int]:
+    """Floating-point operations of chunk `index` of a rollout, by stage.
+
+    With S steps, K(k) = min(window, (k + 1) T) tokens attended to by chunk k, and `forward` as above with text and
+    time ready:
+
+        denoise(k)     S forward(T, K(k) - T);                           for k = 0 also text, cross k, v, and S time
+        clean_pass(k)  forward(T, K(k - 1) - T) up to its last k, v;     for k = 1 also time; none for k = 0
+
+    Nothing else is ever computed: text and its keys and values come once per prompt, time once per timestep, and the
+    last chunk has no clean pass, since the one of chunk k runs as part of chunk k + 1.
+
+    Args:
+        window_tokens: Tokens held at most, the chunk included; `None` for all.
+        steps: S, each at a timestep of its own, none of them the clean pass's.
+    """
+
+    def attended(k: int) -> int:
+        return (k + 1) * chunk_tokens if window_tokens is None else min(window_tokens, (k + 1) * chunk_tokens)
+
+    def forward(k: int, **ready: bool) -> int:
+        return flops_per_forward(config, chunk_tokens, attended(k) - chunk_tokens, text_tokens, batch, **ready)
+
+    denoise = steps * forward(index, text_ready=True, time_ready=True)
+    if index == 0:
+        text = forward(0, time_ready=True) - forward(0, text_ready=True, time_ready=True)
+        time = forward(0, text_ready=True) - forward(0, text_ready=True, time_ready=True)
+        return {"denoise": denoise + text + steps * time, "clean_pass": 0}
+    clean_pass = forward(index - 1, text_ready=True, time_ready=index > 1, keys_values_only=True)
+    return {"denoise": denoise, "clean_pass": clean_pass}
+
+
 def kv_bytes_written(config: Mapping[str, Any], chunk_tokens: int, itemsize: int, batch: int = 1) -> int:
     """Bytes of keys and values that one forward writes to the cache, over all layers."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]

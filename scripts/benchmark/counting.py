@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from wan_autoregressive.cache import WanKVCache
 from wan_autoregressive.pipelines.rollout import WanRollout
 
 STAGES = ("clean_pass", "denoise", "decode")
@@ -127,23 +126,22 @@ class _StageCounter:
             self._allocations.start_stage(self.stages[stage])
 
     def _note_attention(self, index: int) -> Callable[..., None]:
-        # The output projection runs exactly when a block has attended, which the end of a clean pass may skip.
+        # The output projection runs exactly when a block has attended, which the end of a clean pass does not.
         return lambda *_: self._attending_blocks.append(index)
 
     def _before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if not kwargs["attention_kwargs"]["kv_cache"].overwrite_newest:
+        if not kwargs["attention_kwargs"]["plan"].keys_values_only:
             self._enter("denoise")
         self._attending_blocks.clear()
 
     def _after_forward(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache: WanKVCache = kwargs["attention_kwargs"]["kv_cache"]
+        block_caches = kwargs["attention_kwargs"]["plan"].block_caches
         counts, config = self.stages[self._stage], module.config
         itemsize = module.dtype.itemsize
         per_token = 2 * self._rollout.batch_size * config.num_attention_heads * config.attention_head_dim * itemsize
-        windows = [block.window.state for block in cache.block_caches]
         counts.forwards += 1
-        counts.kv_written_bytes += per_token * sum(window.newest_size for window in windows)
-        counts.kv_read_bytes += per_token * sum(windows[index].length for index in self._attending_blocks)
+        counts.kv_written_bytes += per_token * sum(cache.planned_tokens for cache in block_caches)
+        counts.kv_read_bytes += per_token * sum(block_caches[i].planned_length for i in self._attending_blocks)
         self._enter("denoise")
 
 

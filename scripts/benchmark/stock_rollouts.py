@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
 
-from wan_autoregressive.models.causal_wan_transformer import CausalWanRotaryPosEmbed
+from wan_autoregressive.models.causal_wan_embeddings import CausalWanRotaryPosEmbed
 from wan_autoregressive.scripts.benchmark.baselines import BaselineSetup, MakeChunk
 
 

@@ -46,13 +46,13 @@ def test_the_video_ends_with_the_source(pipe, clip, length, frames):
 def test_starts_at_the_strengths_noise_level(pipe, clip, monkeypatch):
     seen = []
     rollout = pipe.rollout("x", **SIZE, video=clip, strength=0.5, generator=generator(), output_type="latent")
-    flow = rollout.flow
+    forward = rollout._forward
 
-    def watch(latents, timestep, start, *args):
+    def watch(latents, timestep, start, *args, **kwargs):
         seen.append((latents.clone(), timestep, start))
-        return flow(latents, timestep, start, *args)
+        return forward(latents, timestep, start, *args, **kwargs)
 
-    monkeypatch.setattr(rollout, "flow", watch)
+    monkeypatch.setattr(rollout, "_forward", watch)
     list(rollout)
     source = pipe.encode_video(clip, 32, 32)
     draws = generator()

@@ -1,0 +1,161 @@
+"""The blocks of a causal Wan transformer: attention through a cache, modulation per group of tokens."""
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformerBlock,
+    _get_qkv_projections,
+)
+
+from wan_autoregressive.cache import WanKVBlockCache
+from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
+from wan_autoregressive.models.conditions import BlockTextConditions
+
+
+class CausalWanAttnProcessor(WanAttnProcessor):
+    """Self-attention over the chunk and what the cache holds of the past.
+
+    No mask: causality between chunks comes from the cache holding only the past, so every attention backend works.
+    With `key_rotary_emb` the cache holds keys without rotary embedding, which are rotated when they are used.
+    """
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+        kv_cache: WanKVBlockCache | None = None,
+        key_rotary_emb: RotaryEmbedding | None = None,
+        keys_values_only: bool = False,
+    ) -> torch.Tensor:
+        """As upstream's, `hidden_states` being `(batch, tokens, dim)`; nothing but the write to the cache, and
+        `hidden_states` as they were, with `keys_values_only`."""
+        if keys_values_only and not attn.fused_projections:
+            query, key, value = None, attn.to_k(hidden_states), attn.to_v(hidden_states)
+        else:
+            query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
+        value = value.unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None and key_rotary_emb is None:
+            key = apply_rotary_emb(key, *rotary_emb)
+        if keys_values_only:
+            kv_cache.write(key, value)
+            return hidden_states
+        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            query = apply_rotary_emb(query, *rotary_emb)
+        if kv_cache is not None:
+            key, value = kv_cache.write(key, value)  # (batch, cached tokens, heads, head_dim)
+        if key_rotary_emb is not None:
+            key = apply_rotary_emb(key, *key_rotary_emb)
+
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        hidden_states = hidden_states.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+class CausalWanCrossAttnProcessor(WanAttnProcessor):
+    """Cross-attention to a prompt whose keys and values are computed once and kept in `text`."""
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+        text: BlockTextConditions | None = None,
+    ) -> torch.Tensor:
+        """`encoder_hidden_states` `(batch, text_tokens, dim)` may be `None` once `text` is filled."""
+        if text is None or attn.add_k_proj is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        if text.value is None:
+            if attn.fused_projections:
+                key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+            else:
+                key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+            text.key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+            text.value = value.unflatten(2, (attn.heads, -1))
+        hidden_states = dispatch_attention_fn(
+            query,
+            text.key,
+            text.value,
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=None,
+        )
+        hidden_states = hidden_states.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+class CausalWanTransformerBlock(WanTransformerBlock):
+    """Upstream's block, with modulation per group of tokens and a cache for self-attention."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        temb: torch.Tensor,
+        rotary_emb: RotaryEmbedding,
+        kv_cache: WanKVBlockCache | None = None,
+        key_rotary_emb: RotaryEmbedding | None = None,
+        text: BlockTextConditions | None = None,
+        keys_values_only: bool = False,
+    ) -> torch.Tensor:
+        """`hidden_states` is `(batch, tokens, dim)`; `temb` `(batch, groups, 6, dim)`, each group being
+        `tokens / groups` consecutive tokens: the whole input, a frame, or a token. With `keys_values_only` the block
+        ends once they are in the cache; what it returns then means nothing."""
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table.unsqueeze(0) + temb.float()).unbind(
+            dim=2
+        )  # 6 x (batch, groups, dim)
+
+        # 1. Self-attention
+        norm_hidden_states = modulate(self.norm1(hidden_states.float()), scale, shift).type_as(hidden_states)
+        attn_output = self.attn1(
+            norm_hidden_states,
+            None,
+            None,
+            rotary_emb,
+            kv_cache=kv_cache,
+            key_rotary_emb=key_rotary_emb,
+            keys_values_only=keys_values_only,
+        )
+        if keys_values_only:
+            return attn_output
+        hidden_states = add_gated(hidden_states, attn_output, gate)
+
+        # 2. Cross-attention
+        norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
+        hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, None, None, text=text)
+
+        # 3. Feed-forward
+        norm_hidden_states = modulate(self.norm3(hidden_states.float()), ff_scale, ff_shift).type_as(hidden_states)
+        return add_gated(hidden_states, self.ffn(norm_hidden_states), ff_gate)
+
+
+def modulate(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """`normed * (1 + scale) + shift`: `(batch, tokens, dim)` with `(batch, groups, dim)`, no copy per token."""
+    grouped = normed.unflatten(1, (scale.shape[1], -1))  # (batch, groups, tokens / groups, dim)
+    return (grouped * (1 + scale.unsqueeze(2))).add_(shift.unsqueeze(2)).flatten(1, 2)
+
+
+def add_gated(hidden_states: torch.Tensor, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """`hidden_states + output * gate`: `(batch, tokens, dim)` with a float32 gate `(batch, groups, dim)`."""
+    gated = (output.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
+    return gated.add_(hidden_states).type_as(hidden_states)

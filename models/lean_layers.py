@@ -1,0 +1,23 @@
+"""Layers of Wan with fewer passes over memory: the same bits as upstream's, without gradients."""
+
+import torch
+from diffusers.models.activations import GELU
+
+
+class LeanGELU(GELU):
+    """Works in the memory of its projection, the widest tensor of a block."""
+
+    def gelu(self, gate: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return super().gelu(gate)
+        return torch.ops.aten.gelu_(gate, approximate=self.approximate)
+
+
+class LeanRMSNorm(torch.nn.RMSNorm):
+    """Two tensors less than PyTorch's for the CPU, which has no fused kernel for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return super().forward(x)
+        scale = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (x * scale).mul_(self.weight)
