@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
+from wan_autoregressive.cache.int8_buffer import KVDtype
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.sliding_positions import SlidingPositions
@@ -13,6 +14,7 @@ from wan_autoregressive.cache.token_window import WriteMode
 
 PositionMode = Literal["absolute", "relative", "sink_relative"]
 POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
+KV_DTYPES: tuple[str, ...] = get_args(KVDtype)
 
 
 class WanKVCache:
@@ -50,6 +52,17 @@ class WanKVCache:
             start again from the beginning of the table when they reach its end; nearly free.
         sink_update ([`SinkUpdate`], *optional*): How the sink takes up what is evicted, e.g. a
             [`MovingAverageSink`]. Needs `position_mode="relative"`, since averages of rotated keys mean nothing.
+        kv_dtype (`str`, *optional*): `"int8"` keeps keys and values as int8 with a scale per token and head, instead
+            of in the dtype of the model.
+
+    With int8 the peak is `2 * batch * window * heads * (head_dim + itemsize)` bytes for every block, its values and
+    scales (`itemsize` of the model's dtype), and `2 * batch * window * heads * head_dim * itemsize` for the one block
+    that is attending, its keys and values in the model's dtype. What else a forward allocates is as without int8, such
+    as the rotated keys of `relative`. Attention sees the newest chunk as it was computed and the past within half a
+    scale, `max |x| / 254` of each token and head. A token is rounded when it is written and never again, but for keys
+    under `sink_relative`: a sink's are rounded once more when they move, always from how they were written, and the
+    window's when positions start again, which meets a key at most once if the window is shorter than half the table.
+    A sink cannot be updated: 0.001 of a frame is less than the rounding.
 
     Raises:
         ValueError: sizes that cannot work together, a chunk that does not fit, an overwrite without a chunk of the
@@ -64,6 +77,7 @@ class WanKVCache:
         max_tokens: int | None = None,
         position_mode: PositionMode = "absolute",
         sink_update: SinkUpdate | None = None,
+        kv_dtype: KVDtype | None = None,
     ) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; a cache needs at least 1 block")
@@ -79,8 +93,17 @@ class WanKVCache:
                 f"a sink_update needs a sink and position_mode 'relative'; got sink_size {sink_size} and "
                 f"{position_mode!r}"
             )
+        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+            raise ValueError(
+                f"kv_dtype is {kv_dtype!r}; allowed are None (the dtype of the model) and {', '.join(KV_DTYPES)}"
+            )
+        if kv_dtype is not None and sink_update is not None:
+            raise ValueError(
+                f"a sink_update changes the sink by less than the rounding of kv_dtype {kv_dtype!r}; leave out one of "
+                "them"
+            )
         self.block_caches = [
-            WanKVBlockCache(window_size, sink_size, max_tokens, sink_update) for _ in range(num_blocks)
+            WanKVBlockCache(window_size, sink_size, max_tokens, sink_update, kv_dtype) for _ in range(num_blocks)
         ]
         self.position_mode = position_mode
         self.sliding_positions = SlidingPositions()
@@ -124,7 +147,8 @@ class WanKVCache:
                 rotary embedding.
 
         Returns:
-            Views `(batch, valid_tokens, heads, head_dim)` into the buffers; valid until the next update.
+            `(batch, valid_tokens, heads, head_dim)`, views into the buffers that are valid until the next update; with
+            int8 copies.
         """
         if not 0 <= block_idx < len(self.block_caches):
             raise ValueError(f"block_idx is {block_idx}; this cache has blocks 0 to {len(self.block_caches) - 1}")
@@ -136,10 +160,19 @@ class WanKVCache:
 
     # All blocks of one forward: integers before and after, tensors in between.
 
-    def begin_forward(self, num_tokens: int) -> list[WanKVBlockCache]:
-        """Plan the write of a chunk in every block; the blocks then call `write`. Changes nothing that is held."""
+    def begin_forward(self, num_tokens: int, like: torch.Tensor | None = None) -> list[WanKVBlockCache]:
+        """Plan the write of a chunk in every block; the blocks then call `write`. Forgets nothing that is held.
+
+        Args:
+            like (`torch.Tensor`, *optional*): Of any length, `(batch, tokens, heads, head_dim)`, as keys will be. With
+                it the blocks make room now, so that `write` does nothing but write.
+        """
         for block in self.block_caches:
             block.plan(num_tokens, self._mode)
+        slots = None
+        if like is not None:
+            for block in self.block_caches:
+                slots = block.open(like, slots)
         return self.block_caches
 
     def end_forward(self) -> None:
@@ -247,4 +280,5 @@ class WanKVCache:
         capacity = self.window_size if self.window_size != -1 else self.max_tokens or num_tokens
         if capacity is None:
             raise ValueError("a cache without window_size and max_tokens grows with the video: pass num_tokens")
-        return 2 * self.num_blocks * batch_size * capacity * num_heads * head_dim * dtype.itemsize
+        slot_bytes = self.block_caches[0]._buffer_type.slot_bytes(head_dim, dtype)
+        return 2 * self.num_blocks * batch_size * capacity * num_heads * slot_bytes

@@ -60,7 +60,7 @@ def _parse_device(value: Any) -> Any:
 
 _ROLLOUT_FIELDS = (
     *("height", "width", "num_frames", "chunk_frames", "first_chunk_frames", "first_chunk_steps", "window_frames"),
-    *("sink_frames", "sink_update", "sink_decay", "position_mode", "context_noise", "guidance_scale"),
+    *("sink_frames", "sink_update", "sink_decay", "kv_dtype", "position_mode", "context_noise", "guidance_scale"),
     *("switch_policy", "recache_sink", "max_sequence_length"),
 )
 
@@ -133,6 +133,9 @@ class GenerateConfig(BaseModel):
         "static", description="whether frames that leave the window change the sink"
     )
     sink_decay: float = Field(0.999, ge=0, le=1, description="share of itself that a moving-average sink keeps")
+    kv_dtype: Literal["int8"] | None = Field(
+        None, description="int8 keeps the past in about half of bfloat16's memory; the model's own when not given"
+    )
     position_mode: Literal["absolute", "relative", "sink_relative"] = Field(
         "absolute", description="count frames from the start (ends at 1024 latent frames) or by place in the window"
     )
@@ -197,6 +200,11 @@ class GenerateConfig(BaseModel):
     def _check_window(self) -> None:
         if self.sink_update == "moving_average" and not (self.sink_frames and self.position_mode == "relative"):
             raise ValueError("sink_update moving_average needs sink_frames and position_mode relative")
+        if self.sink_update == "moving_average" and self.kv_dtype is not None:
+            raise ValueError(
+                f"sink_update moving_average changes the sink by less than kv_dtype {self.kv_dtype} can hold; "
+                "leave out one of them"
+            )
         if self.window_frames is None:
             if self.sink_frames:
                 raise ValueError(

@@ -15,6 +15,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
 
 from wan_autoregressive.cache import WanKVBlockCache, WanKVCache
+from wan_autoregressive.cache.any_length import allow_any_length
+from wan_autoregressive.cache.int8_buffer import KVDtype
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.models.causal_wan_block import (
     CausalWanAttnProcessor,
@@ -118,6 +120,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             time.temb, time.modulation = temb, modulation
 
         # 3. Blocks, each with its own part of the cache
+        if text is not None and text.blocks[0].value is None:  # a re-cache computes it with more tokens than a chunk
+            allow_any_length(hidden_states)
         block_texts = [None] * len(self.blocks) if text is None else text.blocks
         for block, block_cache, block_text in zip(self.blocks, plan.block_caches, block_texts, strict=True):
             is_end = plan.keys_values_only and block is self.blocks[-1]
@@ -175,20 +179,25 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         start, key_positions = frame_offset, None
         if kv_cache is not None:
             self._check_kv_cache(kv_cache)
-            block_caches = kv_cache.begin_forward(num_tokens=frames * height * width)
+            heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
+            like = hidden_states.new_empty(hidden_states.shape[0], 0, heads, head_dim)
+            block_caches = kv_cache.begin_forward(frames * height * width, like)
             start, key_positions = self._positions(kv_cache, frame_offset, frames, height * width)
 
-        def tables(positions: Sequence[tuple[int, int]]) -> RotaryEmbedding:
+        def tables(of: str, positions: Sequence[tuple[int, int]]) -> RotaryEmbedding:
             def make() -> RotaryEmbedding:
                 cos, sin = self.rope.at(positions, height, width)
-                return cos.to(hidden_states.device), sin.to(hidden_states.device)
+                cos, sin = cos.to(hidden_states.device), sin.to(hidden_states.device)
+                allow_any_length(cos, sin)
+                return cos, sin
 
-            key = (tuple(positions), height, width, hidden_states.device)
+            key = (of, tuple(positions), height, width, hidden_states.device)
             return make() if memory is None else memory.rotary(key, make)
 
-        plan = ForwardPlan(block_caches, tables([(start, start + frames)]), keys_values_only=keys_values_only)
+        rotary_emb = tables("chunk", [(start, start + frames)])
+        plan = ForwardPlan(block_caches, rotary_emb, keys_values_only=keys_values_only)
         if key_positions is not None:
-            plan.key_rotary_emb = tables(key_positions)
+            plan.key_rotary_emb = tables("cached", key_positions)
         if memory is not None and timestep is not None:
             plan.time = memory.time(timestep)
         if memory is not None and encoder_hidden_states is not None:
@@ -207,9 +216,9 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         positions = kv_cache.planned_frame_positions(tokens_per_frame)
         return max(stop for _, stop in positions) - frames, positions
 
-    def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1) -> int:
-        """Bytes that keys and values of `num_tokens` tokens take over all blocks, in this model's dtype."""
-        cache = WanKVCache(num_blocks=self.config.num_layers)
+    def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1, kv_dtype: KVDtype | None = None) -> int:
+        """Bytes that keys and values of `num_tokens` tokens take over all blocks, in this model's dtype or as int8."""
+        cache = WanKVCache(num_blocks=self.config.num_layers, kv_dtype=kv_dtype)
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
         return cache.expected_bytes(batch_size, heads, head_dim, self.dtype, num_tokens)
 

@@ -17,6 +17,7 @@ from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from wan_autoregressive.cache import MovingAverageSink, WanKVCache
+from wan_autoregressive.cache.int8_buffer import KVDtype
 from wan_autoregressive.cache.kv_cache import PositionMode
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.streaming_vae import (
@@ -272,6 +273,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         position_mode: PositionMode = "absolute",
         sink_update: str = "static",
         sink_decay: float = 0.999,
+        kv_dtype: KVDtype | None = None,
         first_chunk_steps: tuple[float, ...] | list[float] | None = None,
         num_inference_steps: int | None = None,
         denoising_steps: tuple[float, ...] | list[float] | None = None,
@@ -320,6 +322,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 nothing, see [`WanKVCache`]. All are equal until the first eviction.
             sink_update (`str`, defaults to `"static"`): `moving_average` folds evicted frames into the sink, which
                 keeps `sink_decay` of itself each time (Reward-Forcing). Needs relative positions.
+            kv_dtype (`str`, *optional*): `int8` keeps the past as int8, see [`WanKVCache`]; else the model's dtype.
             first_chunk_steps (`Sequence[float]`, *optional*): Own step list for the first generated chunk.
             denoising_steps (`Sequence[float]`, *optional*): Own step list, see [`SelfForcingScheduler`].
 
@@ -356,6 +359,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             position_mode=position_mode,
             sink_update=sink_update,
             sink_decay=sink_decay,
+            kv_dtype=kv_dtype,
             first_chunk_steps=None if first_chunk_steps is None else tuple(first_chunk_steps),
             strength=strength,
             max_sequence_length=max_sequence_length,
@@ -520,6 +524,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             max_tokens=total_frames * per_frame if total_frames is not None and not windowed else None,
             position_mode=config.position_mode,
             sink_update=MovingAverageSink(config.sink_decay) if config.sink_update == "moving_average" else None,
+            kv_dtype=config.kv_dtype,
         )
 
     # diffusers' conventions.

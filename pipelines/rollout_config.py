@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from wan_autoregressive.cache.kv_cache import POSITION_MODES, PositionMode
+from wan_autoregressive.cache.int8_buffer import KVDtype
+from wan_autoregressive.cache.kv_cache import KV_DTYPES, POSITION_MODES, PositionMode
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
 SWITCH_POLICIES = ("recache", "cross_attention", "flush", "cut", "blend")
@@ -36,6 +37,7 @@ class RolloutConfig:
     position_mode: PositionMode = "absolute"
     sink_update: str = "static"
     sink_decay: float = 0.999
+    kv_dtype: KVDtype | None = None
     switch_policy: str = "recache"
     recache_sink: str = "keep"
     flush_frames: int = 2
@@ -73,9 +75,10 @@ class RolloutConfig:
             ("recache_sink", RECACHE_SINKS),
             ("position_mode", POSITION_MODES),
             ("sink_update", SINK_UPDATES),
+            ("kv_dtype", (None, *KV_DTYPES)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(str, allowed))}")
         self._check_window()
 
     @property
@@ -102,6 +105,11 @@ class RolloutConfig:
             raise ValueError(
                 "sink_update='moving_average' averages keys without rotary embedding; it needs "
                 f"position_mode='relative' and sink_frames, got {self.position_mode!r} and {self.sink_frames}"
+            )
+        if self.sink_update == "moving_average" and self.kv_dtype is not None:
+            raise ValueError(
+                "sink_update='moving_average' changes the sink by less than the rounding of "
+                f"kv_dtype={self.kv_dtype!r}; leave out one of them"
             )
         if self.window_frames is None:
             if self.sink_frames:

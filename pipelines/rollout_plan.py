@@ -45,7 +45,7 @@ def plan_rollout(
     cached_frames = config.window_frames or grid.total_frames
     if cached_frames is not None:
         tokens = cached_frames * pipe.tokens_per_frame(config)
-        cache_bytes = branches * pipe.transformer.kv_cache_bytes(tokens, batch_size)
+        cache_bytes = branches * pipe.transformer.kv_cache_bytes(tokens, batch_size, config.kv_dtype)
     if pipe.vae is not None:
         vae_bytes = vae_state_bytes(pipe.vae, batch_size, config.height, config.width, pipe.vae.dtype)
     return RolloutPlan(chunks, grid.total_frames, forwards, cache_bytes, vae_bytes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_autoregressive.scripts.benchmark.presets import PRESETS
-from wan_autoregressive.scripts.benchmark.settings import DTYPES, POSITION_MODES, SWEEPS, BenchmarkSettings
+from wan_autoregressive.scripts.benchmark.settings import DTYPES, KV_DTYPES, POSITION_MODES, SWEEPS, BenchmarkSettings
 
 if TYPE_CHECKING:
     from wan_autoregressive.scripts.benchmark.measure import RolloutMeasure
@@ -39,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--window-frames", type=_frames_or_none, default=9, metavar="N", help="or `none` (default: 9)")
     add("--sink-frames", type=int, metavar="N", help="default: 3, or 0 without a window")
     add("--position-mode", choices=POSITION_MODES, default="absolute", help="default: absolute")
+    add("--kv-dtype", choices=KV_DTYPES, help="how the past is kept (default: in --dtype)")
     add("--steps", type=int, default=4, metavar="N", help="denoising steps per chunk (default: 4)")
     add("--chunks", type=int, default=6, metavar="N", help="chunks of the rollout (default: 6)")
     add("--vae", action=argparse.BooleanOptionalAction, help="decode as well (default: only for demo)")
@@ -103,6 +104,7 @@ def settings_of(args: argparse.Namespace) -> BenchmarkSettings:
         window_frames=args.window_frames,
         sink_frames=sink,
         position_mode=args.position_mode,
+        kv_dtype=args.kv_dtype,
         steps=args.steps,
         chunks=args.chunks,
         repeats=args.repeats,

@@ -103,16 +103,31 @@ def flops_per_chunk(
     return {"denoise": denoise, "clean_pass": clean_pass}
 
 
-def kv_bytes_written(config: Mapping[str, Any], chunk_tokens: int, itemsize: int, batch: int = 1) -> int:
-    """Bytes of keys and values that one forward writes to the cache, over all layers."""
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
-    return 2 * config["num_layers"] * batch * chunk_tokens * dim * itemsize
+def kv_bytes_written(
+    config: Mapping[str, Any], chunk_tokens: int, itemsize: int, batch: int = 1, scale_bytes: int = 0
+) -> int:
+    """Bytes of keys and values that one forward writes to the cache, over all layers.
+
+    Args:
+        itemsize: Bytes of a number in the cache; 1 for int8.
+        scale_bytes: Of the scale of a token and head, which int8 has in the model's dtype.
+    """
+    return config["num_layers"] * batch * chunk_tokens * _kv_bytes_per_token(config, itemsize, scale_bytes)
 
 
 def kv_bytes_read(
-    config: Mapping[str, Any], attended_tokens: int, itemsize: int, batch: int = 1, keys_values_only: bool = False
+    config: Mapping[str, Any],
+    attended_tokens: int,
+    itemsize: int,
+    batch: int = 1,
+    keys_values_only: bool = False,
+    scale_bytes: int = 0,
 ) -> int:
     """Bytes of keys and values that one forward's self-attentions read, each counted once, its own chunk included."""
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"] - keys_values_only
-    return 2 * layers * batch * attended_tokens * dim * itemsize
+    return layers * batch * attended_tokens * _kv_bytes_per_token(config, itemsize, scale_bytes)
+
+
+def _kv_bytes_per_token(config: Mapping[str, Any], itemsize: int, scale_bytes: int) -> int:
+    """Of one layer's key and value together."""
+    return 2 * config["num_attention_heads"] * (config["attention_head_dim"] * itemsize + scale_bytes)

@@ -34,7 +34,8 @@ class StageCounts:
     """Most bytes alive at once, of all storages that were made since the chunk began."""
     kv_written_bytes: int = 0
     kv_read_bytes: int = 0
-    """Keys and values that the self-attentions attended to, each forward's counted once."""
+    """Keys and values that the self-attentions attended to, each forward's counted once. Both in bytes of the cache,
+    which int8 makes fewer than attention's."""
 
 
 class AllocationMode(TorchDispatchMode):
@@ -136,9 +137,7 @@ class _StageCounter:
 
     def _after_forward(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         block_caches = kwargs["attention_kwargs"]["plan"].block_caches
-        counts, config = self.stages[self._stage], module.config
-        itemsize = module.dtype.itemsize
-        per_token = 2 * self._rollout.batch_size * config.num_attention_heads * config.attention_head_dim * itemsize
+        counts, per_token = self.stages[self._stage], block_caches[0].bytes_per_token
         counts.forwards += 1
         counts.kv_written_bytes += per_token * sum(cache.planned_tokens for cache in block_caches)
         counts.kv_read_bytes += per_token * sum(block_caches[i].planned_length for i in self._attending_blocks)

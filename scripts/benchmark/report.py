@@ -81,12 +81,13 @@ def _header(report: BenchmarkReport) -> str:
     settings, conditions = report.settings, report.conditions
     height, width = settings.pixels
     window = "no window" if settings.window_frames is None else f"window {settings.window_frames}"
+    kept = "" if settings.kv_dtype is None else f", K/V {settings.kv_dtype}"
     return (
         f"{settings.preset}: {settings.num_layers} layers of {settings.geometry.dim}, {height}x{width}, "
         f"{settings.tokens_per_frame} tokens per latent frame, chunk {settings.chunk_frames}, {window}, "
         f"sink {settings.sink_frames}, {settings.steps} steps and a clean pass per chunk\n"
-        f"{conditions['device']}, {settings.dtype}, {conditions['threads']} threads, torch {conditions['torch']}, "
-        f"load {conditions['load_1_minute']}"
+        f"{conditions['device']}, {settings.dtype}{kept}, {conditions['threads']} threads, "
+        f"torch {conditions['torch']}, load {conditions['load_1_minute']}"
     )
 
 

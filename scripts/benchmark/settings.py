@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from wan_autoregressive.scripts.benchmark.presets import PRESETS, Geometry
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = ("int8",)
 PositionMode = Literal["absolute", "relative", "sink_relative"]
 POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
 SWEEPS = ("window", "resolution", "chunk", "position")
@@ -33,6 +34,7 @@ class BenchmarkSettings:
     window_frames: int | None = 9
     sink_frames: int = 3
     position_mode: PositionMode = "absolute"
+    kv_dtype: Literal["int8"] | None = None
     steps: int = 4
     chunks: int = 6
     repeats: int = 3
@@ -46,6 +48,8 @@ class BenchmarkSettings:
             raise ValueError(f"the preset is {self.preset!r}; allowed are {', '.join(PRESETS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"the dtype is {self.dtype!r}; allowed are {', '.join(DTYPES)}")
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise ValueError(f"kv_dtype is {self.kv_dtype!r}; allowed are None and {', '.join(KV_DTYPES)}")
         for name in ("num_layers", "chunk_frames", "steps", "chunks", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -76,8 +76,10 @@ def evaluate_pipeline(
     sink_frames: int = 0,
     batch: int = 8,
     sheet: Path | None = None,
+    **options: Any,
 ) -> list[VideoScore]:
-    """Render `scenes` x `seeds` videos of `chunks` chunks and score each. Scene i, seed s always gives one video."""
+    """Render `scenes` x `seeds` videos of `chunks` chunks and score each. Scene i, seed s always gives one video.
+    `options` are further arguments of the pipeline."""
     jobs = [(scene, 1000 * seed + index) for seed in range(seeds) for index, scene in enumerate(scenes)]
     scores: list[VideoScore] = []
     shown: list[torch.Tensor] = []
@@ -92,6 +94,7 @@ def evaluate_pipeline(
             window_frames=window_frames,
             sink_frames=sink_frames,
             generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+            **options,
         ).frames
         scores += [score_video(video, scene) for video, (scene, _) in zip(frames, part, strict=True)]
         shown += [torch.from_numpy(video).permute(3, 0, 1, 2) for video in frames[: SHEET_ROWS - len(shown)]]

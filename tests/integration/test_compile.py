@@ -1,24 +1,34 @@
 """torch.compile over a whole rollout: no graph break, few graphs, the same latents."""
 
+import itertools
+
 import pytest
 import torch
 
 from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler, WanAutoregressivePipeline
 
-NUM_LAYERS = 2
+NUM_LAYERS = 3
 CHUNKS = 20
 
 
-def rollout_latents(model, **options) -> torch.Tensor:
+def tiny_model() -> CausalWanTransformer3DModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CausalWanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=20, ffn_dim=32, num_layers=NUM_LAYERS, text_dim=16, freq_dim=32
+        ).eval()
+
+
+def rollout_latents(model, num_frames=4 * (3 * CHUNKS - 1) + 1, switch_frame=12, **options) -> torch.Tensor:
     pipe = WanAutoregressivePipeline(None, None, model, None, SelfForcingScheduler())
     pipe.set_progress_bar_config(disable=True)
     prompts = [torch.randn(1, 32, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     return pipe(
         prompt_embeds=prompts[0],
-        prompt_schedule={12: prompts[1]},
+        prompt_schedule={switch_frame: prompts[1]},
         height=32,
         width=32,
-        num_frames=4 * (3 * CHUNKS - 1) + 1,
+        num_frames=num_frames,
         window_frames=9,
         sink_frames=3,
         output_type="latent",
@@ -27,24 +37,72 @@ def rollout_latents(model, **options) -> torch.Tensor:
     ).frames
 
 
+def count_graphs_by_block(model) -> dict[int, set[int]]:
+    """Compile every block; the graphs that each of them runs are filled in as it does."""
+    ran: dict[int, set[int]] = {index: set() for index in range(len(model.blocks))}
+    current = 0
+    numbers = itertools.count()
+
+    def backend(graph, example_inputs):
+        number = next(numbers)
+
+        def run(*inputs):
+            ran[current].add(number)
+            return graph.forward(*inputs)
+
+        return run
+
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    for index, block in enumerate(model.blocks):
+        compiled = block._compiled_call_impl
+
+        def call(*args, index=index, compiled=compiled, **kwargs):
+            nonlocal current
+            current = index
+            return compiled(*args, **kwargs)
+
+        block._compiled_call_impl = call
+    return ran
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("position_mode", ["absolute", "relative", "sink_relative"])
-def test_compiled_blocks_settle_on_a_few_graphs(position_mode):
+def test_compiled_blocks_settle_on_a_few_graphs(position_mode, kv_dtype):
     """20 chunks with a window, a sink and a prompt switch; bookkeeping stays outside of the graphs."""
     torch._dynamo.reset()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CausalWanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=20, ffn_dim=32, num_layers=NUM_LAYERS, text_dim=16, freq_dim=32
-        ).eval()
-    expected = rollout_latents(model, position_mode=position_mode)
+    model = tiny_model()
+    expected = rollout_latents(model, position_mode=position_mode, kv_dtype=kv_dtype)
 
+    graphs_of_block = count_graphs_by_block(model)
+    compiled = rollout_latents(model, position_mode=position_mode, kv_dtype=kv_dtype)
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
+    # Text to be computed or ready; the last block also ends at its keys and values, of a chunk and of a re-cache.
+    assert [len(graphs) for graphs in graphs_of_block.values()] == [2] * (NUM_LAYERS - 1) + [4]
+    # Blocks share them: however many there are, torch's limit of recompilations is not reached.
+    assert len(set.union(*graphs_of_block.values())) == 4
+
+
+def test_the_whole_model_compiles_without_a_break():
+    torch._dynamo.reset()
+    model = tiny_model()
+    expected = rollout_latents(model)
     graphs = []
 
-    def count_graphs(graph, example_inputs):
+    def backend(graph, example_inputs):
         graphs.append(graph)
         return graph.forward
 
-    model.compile_repeated_blocks(fullgraph=True, backend=count_graphs)
-    compiled = rollout_latents(model, position_mode=position_mode)
-    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
-    assert 0 < len(graphs) <= 4 * NUM_LAYERS
+    model.compile(fullgraph=True, backend=backend)
+    torch.testing.assert_close(rollout_latents(model), expected, rtol=0, atol=1e-5)
+    # With text, time or both to be computed or ready; a chunk or its clean pass; the re-cache.
+    assert 0 < len(graphs) <= 7
+
+
+def test_inductor_makes_the_same_video():
+    """Real kernels: the blocks of a tiny model over a rollout with eviction and a prompt switch."""
+    torch._dynamo.reset()
+    model = tiny_model()
+    options = {"num_frames": 4 * (3 * 6 - 1) + 1, "switch_frame": 9}
+    expected = rollout_latents(model, **options)
+    model.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(rollout_latents(model, **options), expected, rtol=0, atol=1e-5)

@@ -40,6 +40,16 @@ def test_is_right_on_prompts_held_out_from_training(right):
     assert right["intact_at_end"] >= 0.95
 
 
+def test_int8_keys_and_values_reach_the_same_scores(demo_pipe, right):
+    """The window is full after 4 of the 6 chunks."""
+    int8 = figures(demo_pipe, kv_dtype="int8")
+    for name in ("background", "color", "direction", "shape", "intact_at_end"):
+        assert int8[name] == pytest.approx(right[name], abs=1 / 36), name  # one chunk of them all
+    for name in ("overlap", "speed", "worst_chunk", "flicker"):
+        assert int8[name] == pytest.approx(right[name], rel=0.02), name
+    assert int8 != right
+
+
 def test_fits_in_the_package():
     files = [path for path in demo_checkpoint().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12 * 2**20

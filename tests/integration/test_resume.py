@@ -27,6 +27,13 @@ OPTIONS = {
         **{"window_frames": 5, "sink_frames": 1, "position_mode": "relative", "sink_update": "moving_average"},
         "sink_decay": 0.5,
     },
+    "int8": lambda: {"window_frames": 5, "sink_frames": 1, "kv_dtype": "int8", "guidance_scale": 2.0},
+    "int8, no window": lambda: {"kv_dtype": "int8", "prompt_schedule": {5: "rain"}},
+    "int8, relative positions": lambda: {"window_frames": 5, "kv_dtype": "int8", "position_mode": "relative"},
+    "int8, a sink that moves along": lambda: {
+        **{"window_frames": 5, "sink_frames": 1, "kv_dtype": "int8", "position_mode": "sink_relative"},
+        **{"switch_policy": "flush", "prompt_schedule": {9: "rain"}},
+    },
     "cut": lambda: {
         **{"window_frames": 5, "sink_frames": 1, "position_mode": "relative", "switch_policy": "cut"},
         "prompt_schedule": {3: "rain", 9: "snow"},
@@ -181,12 +188,13 @@ def test_a_fork_and_its_parent_are_equal_and_independent(pipe):
     assert parent.done
 
 
-def test_a_fork_shares_no_buffer(pipe):
-    parent = start(pipe, window_frames=5)
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_fork_shares_no_buffer(pipe, kv_dtype):
+    parent = start(pipe, window_frames=5, kv_dtype=kv_dtype)
     parent.step()
     fork = parent.fork()
     for mine, theirs in zip(parent.cache.block_caches, fork.cache.block_caches, strict=True):
-        assert mine._key.data_ptr() != theirs._key.data_ptr()
-        assert mine._value.data_ptr() != theirs._value.data_ptr()
+        for one, other in ((mine._key, theirs._key), (mine._value, theirs._value)):
+            assert not {part.data_ptr() for part in one.parts} & {part.data_ptr() for part in other.parts}
     assert fork.pipe is parent.pipe
     assert fork._lock is not parent._lock

@@ -88,7 +88,8 @@ def test_every_attribute_has_a_place_in_a_state(pipe):
     assert vars(rollout).keys() <= known
     made_anew = {"block_caches", "window_size", "sink_size", "max_tokens", "position_mode", "sliding_positions"}
     assert vars(rollout.cache).keys() <= {*SAVED_ATTRIBUTES, *made_anew}
-    block = {"window", "_key", "_value", "_initial_capacity", "_plan", "_sink_update", "_written_sink_key"}
+    block = {"window", "_key", "_value", "_initial_capacity", "_plan", "_open", "_sink_update", "_written_sink_key"}
+    block |= {"_buffer_type"}
     assert vars(rollout.cache.block_caches[0]).keys() <= block
 
 

@@ -46,6 +46,14 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"denoising_steps": ""}, "denoising_steps must descend, got none"),
         ({"device": "gpu"}, "device: must be auto, cpu"),
         ({"dtype": "int8"}, "dtype: must be 'auto', 'float32'"),
+        ({"kv_dtype": "int4"}, "kv_dtype: must be 'int8'"),
+        (
+            {
+                **{"kv_dtype": "int8", "sink_update": "moving_average", "position_mode": "relative"},
+                **{"window_frames": 6, "sink_frames": 1},
+            },
+            "less than kv_dtype int8 can hold",
+        ),
         ({"seed": -1}, "seed: must be at least 0"),
         ({"scale": 64, "width": 832}, "more than the 16384 pixels"),
         ({"wdith": 64}, "unknown key 'wdith'; did you mean 'width'?"),

@@ -1,0 +1,105 @@
+"""Where a block's keys or values are kept: tensors that never move, one slot per token."""
+
+from typing import Self
+
+import torch
+
+from wan_autoregressive.cache.any_length import allow_any_length
+from wan_autoregressive.cache.token_window import Span
+
+Layout = tuple[int, int, int, torch.dtype, torch.device]
+"""Batch, heads, head_dim, dtype and device of keys or values."""
+
+
+class TokenBuffer:
+    """Keys or values of one block as they are.
+
+    A subclass that keeps them in another form gives `encode`, `read`, `attended` and `slot_bytes` of its own.
+
+    Args:
+        parts: What is kept, tensors `(batch, capacity, heads, …)`. The first ends in `head_dim`, the last is in the
+            dtype of the tokens.
+    """
+
+    def __init__(self, parts: tuple[torch.Tensor, ...]) -> None:
+        self.parts = parts
+
+    @classmethod
+    def empty(cls, like: torch.Tensor, capacity: int) -> Self:
+        """A buffer of `capacity` slots for tokens like these, `(batch, tokens, heads, head_dim)`."""
+        return cls(tuple(_grown(part, capacity) for part in cls.encode(like[:, :0])))
+
+    @staticmethod
+    def encode(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is kept of tokens `(batch, tokens, heads, head_dim)`, in the order of `parts`."""
+        return (tokens,)
+
+    @staticmethod
+    def slot_bytes(head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one slot and head, for tokens of `dtype`."""
+        return head_dim * dtype.itemsize
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Slots `[start, stop)`, `(batch, stop - start, heads, head_dim)`: a view."""
+        return self.parts[0][:, start:stop]
+
+    def window(self, length: int) -> Self:
+        """Slots `[0, length)` in the same memory."""
+        views = tuple(part[:, :length] for part in self.parts)
+        allow_any_length(*views)
+        return type(self)(views)
+
+    def put(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Put tokens `(batch, tokens, heads, head_dim)` into slots `(tokens,)`."""
+        for part, encoded in zip(self.parts, self.encode(tokens), strict=True):
+            part.index_copy_(1, slots, encoded)
+
+    def attended(self, slots: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
+        """What attention sees when `newest` has just been put into `slots`: the buffer itself."""
+        return self.parts[0]
+
+    def write(self, spans: tuple[Span, ...], tokens: torch.Tensor) -> None:
+        """Put tokens `(batch, tokens, heads, head_dim)` into slots, in their order."""
+        for part, encoded in zip(self.parts, self.encode(tokens), strict=True):
+            fill(part, spans, encoded)
+
+    def gather(self, source: tuple[Span, ...], target: Span) -> None:
+        """Move the content of some slots to others, as it is kept."""
+        for part in self.parts:
+            part[:, target[0] : target[1]] = torch.cat([part[:, start:stop] for start, stop in source], dim=1)
+
+    def grow(self, capacity: int) -> None:
+        """Get new memory of `capacity` slots that starts with the present content."""
+        self.parts = tuple(_grown(part, capacity) for part in self.parts)
+
+    def copy(self, stop: int) -> Self:
+        """Slots `[0, stop)` in memory of their own."""
+        return type(self)(tuple(part[:, :stop].clone() for part in self.parts))
+
+    @property
+    def capacity(self) -> int:
+        return self.parts[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the tokens, whatever they are kept as."""
+        batch, _, heads, head_dim = self.parts[0].shape
+        return batch, heads, head_dim, self.parts[-1].dtype, self.parts[-1].device
+
+
+def fill(buffer: torch.Tensor, spans: tuple[Span, ...], content: torch.Tensor) -> None:
+    """Put `content` into slots of a tensor, both `(batch, slots, …)`."""
+    done = 0
+    for start, stop in spans:
+        buffer[:, start:stop] = content[:, done : done + stop - start]
+        done += stop - start
+
+
+def _grown(part: torch.Tensor, capacity: int) -> torch.Tensor:
+    grown = part.new_empty(part.shape[0], capacity, *part.shape[2:])
+    grown[:, : part.shape[1]] = part
+    return grown
