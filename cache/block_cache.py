@@ -61,7 +61,7 @@ class WanKVBlockCache:
         """Make room for the planned write, and let the sink take up what goes. `write` does so if nobody has.
 
         Args:
-            like: Of any length, `(batch, tokens, heads, head_dim)`, for its layout.
+            like: Of any length, `(batch, tokens, heads, head_dim)`, for the layout of an empty cache.
             slots (`torch.Tensor` of shape `(chunk_tokens,)`, *optional*): What `open` of a block with the same plan
                 returned.
 
@@ -69,7 +69,6 @@ class WanKVBlockCache:
             The slots of the chunk's tokens.
 
         Raises:
-            ValueError: a batch, head count, head size or dtype other than the one held.
             RuntimeError: no plan was made.
         """
         plan = self._needed_plan()
@@ -78,9 +77,7 @@ class WanKVBlockCache:
             capacity = max(length, self._initial_capacity or 0)
             self._key = self._buffer_type.empty(like, capacity)
             self._value = self._buffer_type.empty(like, capacity)
-        else:
-            _check_layout(self._key.layout[:-1], _layout(like)[:-1])
-        if length > self._key.capacity:
+        elif length > self._key.capacity:
             capacity = max(length, 2 * self._key.capacity)
             self._key.grow(capacity)
             self._value.grow(capacity)
@@ -118,7 +115,11 @@ class WanKVBlockCache:
         window = self._open
         assert window is not None
         _check_tokens(key, window.slots.shape[0])
-        _check_layout(window.key.layout, _layout(key))
+        if _layout(key) != window.key.layout:
+            raise ValueError(
+                f"the cache holds (batch, heads, head_dim, dtype, device) {window.key.layout} but got "
+                f"{_layout(key)}. Call reset() between videos, and keep one cache per batch"
+            )
         window.key.put(window.slots, key)
         window.value.put(window.slots, value)
         return window.key.attended(window.slots, key), window.value.attended(window.slots, value)
@@ -228,14 +229,6 @@ class WanKVBlockCache:
             raise RuntimeError("the KV cache overwrites its buffers in place: run the model under torch.no_grad()")
         if value.dtype != key.dtype:
             raise ValueError(f"key is {key.dtype} but value is {value.dtype}; both must have the same dtype")
-
-
-def _check_layout(held: tuple[object, ...], got: tuple[object, ...]) -> None:
-    if got != held:
-        raise ValueError(
-            f"the cache holds (batch, heads, head_dim, dtype, device) {held} but got {got}. Call reset() between "
-            "videos, and keep one cache per batch"
-        )
 
 
 def _check_tokens(key: torch.Tensor, planned: int) -> None:

@@ -26,6 +26,7 @@ from wan_autoregressive.models.streaming_vae import (
     normalize_latents,
 )
 from wan_autoregressive.pipelines.checkpoint_index import STOCK_CLASSES, swap_component_classes
+from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
 from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of, pixel_frames_of
 from wan_autoregressive.pipelines.input_checks import check_prompts, check_sizes, check_tensors
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
@@ -140,6 +141,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         callback_on_step_end: StepEndFunction | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int = 512,
+        decode_alongside: bool = False,
         **rollout_kwargs: Any,
     ) -> WanPipelineOutput | tuple[Any]:
         """Generate a whole video. The same frames as [`stream`], joined.
@@ -170,6 +172,9 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Of `latents` (default), `prompt_embeds`,
                 `negative_prompt_embeds`.
             max_sequence_length (`int`, defaults to 512): Text tokens, padding included.
+            decode_alongside (`bool`, defaults to `False`): Decode a chunk while the next one is denoised, see
+                [`WanRollout.chunks`]. Without effect where nothing is decoded chunk by chunk: for latents, and with
+                `callback_on_step_end`. Not with offloaded models.
             rollout_kwargs: Chunks, window, sink, given frames and prompt changes, see [`rollout`].
 
         Examples:
@@ -186,6 +191,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self._check_callback_inputs(tensor_inputs)
+        if decode_alongside:
+            check_decode_alongside(self)
         self._guidance_scale = guidance_scale
         self._interrupt = False
 
@@ -219,7 +226,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         # 2. Its chunks
         self._num_timesteps = rollout.num_steps
-        chunks = list(self._stream(rollout))
+        chunks = list(self._stream(rollout, decode_alongside))
 
         # 3. The video
         latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
@@ -234,18 +241,23 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             frames = join_frames([chunk.frames for chunk in chunks])
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def stream(self, prompt: str | list[str] | None = None, **kwargs: Any) -> Iterator[WanVideoChunk]:
+    def stream(
+        self, prompt: str | list[str] | None = None, *, decode_alongside: bool = False, **kwargs: Any
+    ) -> Iterator[WanVideoChunk]:
         """Generate a video as an iterator over its chunks, each handed out as soon as it is decoded.
 
-        Args: those of [`rollout`]. Without `num_frames` (and `latents`) it does not end.
+        Args: those of [`rollout`], and `decode_alongside`, see [`WanRollout.chunks`]. Without `num_frames` (and
+            `latents`) it does not end.
 
         Yields:
             [`WanVideoChunk`] with `frames`, `latents`, `index`, `start_frame` and `timings`.
         """
+        if decode_alongside:
+            check_decode_alongside(self)
         rollout = self.rollout(prompt, **kwargs)
         if self._offloads_whole_models and rollout.vae_decoder is not None:
             logger.warning("model offload swaps transformer and VAE for every chunk of a stream, which is slow")
-        return self._stream(rollout)
+        return self._stream(rollout, decode_alongside)
 
     @torch.no_grad()
     def rollout(
@@ -589,14 +601,14 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     # Loops.
 
-    def _stream(self, rollout: WanRollout) -> Iterator[WanVideoChunk]:
+    def _stream(self, rollout: WanRollout, decode_alongside: bool) -> Iterator[WanVideoChunk]:
         """The chunks of a rollout under a progress bar that counts denoising steps."""
         endless = rollout.grid.total_frames is None
         bar = self.progress_bar(iter(())) if endless else self.progress_bar(total=rollout.num_steps)
         with bar as progress_bar:
             rollout.on_progress = progress_bar.update
             try:
-                yield from rollout
+                yield from rollout.chunks(decode_alongside)
             finally:
                 rollout.on_progress = None
                 self.maybe_free_model_hooks()

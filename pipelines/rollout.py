@@ -5,15 +5,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 
 from wan_autoregressive.cache import WanKVCache
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents
+from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside, chunks_decoded_alongside
 from wan_autoregressive.pipelines.finite_check import check_finite
 from wan_autoregressive.pipelines.frame_grid import FrameBlock, pixel_frames_of
 from wan_autoregressive.pipelines.latent_history import LatentHistory
@@ -35,6 +37,18 @@ logger = logging.get_logger(__name__)
 TRAINED_FRAMES = 21
 
 StepCallback = Callable[["WanRollout", FrameBlock, int, float, torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass
+class ChunkDraft:
+    """A chunk on its way: what the caller has set for it, then its latents, which pixels are still to be made of."""
+
+    timings: StageTimings
+    next_prompt: PromptState | None
+    block: FrameBlock = dataclasses.field(init=False)
+    latents: torch.Tensor = dataclasses.field(init=False)
+    prompt_text: list[str] | None = dataclasses.field(init=False)
+    steps_finite: list[torch.Tensor] = dataclasses.field(init=False)
 
 
 class WanRollout:
@@ -111,7 +125,6 @@ class WanRollout:
 
     # What a caller does with it.
 
-    @torch.no_grad()
     def step(self, prompt: Prompt | None = None) -> WanVideoChunk:
         """Make the next chunk.
 
@@ -119,38 +132,56 @@ class WanRollout:
             prompt (`str`, `list[str]` or `torch.Tensor`, *optional*): A new prompt (or embeddings) from this chunk on.
 
         Raises:
-            RuntimeError: the video is complete, a step failed before, or another thread is in a step.
+            RuntimeError: the video is complete, a step failed before, another thread is in a step, or an iterator
+                that decodes alongside is open.
         """
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("another thread is in step() of this rollout; a rollout makes one chunk at a time")
-        try:
-            if self.done:
-                raise RuntimeError(f"the video is complete with {self.frames_done} latent frames; reset() starts anew")
-            if self._failed:
-                raise RuntimeError("a step of this rollout failed and left it half-written; reset() starts anew")
-            if prompt is not None:
-                self.set_prompt(prompt)
-            self._failed = True
-            try:
-                chunk = self._make_chunk()
-            except SourceEndedError:
-                self.interrupted, self._failed = True, False
-                raise
-            self._failed = False
-            return chunk
-        finally:
-            self._lock.release()
+        with self.stepping(prompt):
+            draft = self.begin_chunk()
+            self.make_latents(draft)
+            return self.decode_chunk(draft)
 
     def __iter__(self) -> Iterator[WanVideoChunk]:
+        return self.chunks()
+
+    def chunks(
+        self, decode_alongside: bool = False, stop: Callable[[], bool] | None = None
+    ) -> Iterator[WanVideoChunk]:
+        """The chunks to come, each handed out as soon as it is decoded.
+
+        Args:
+            decode_alongside (`bool`, defaults to `False`): Denoise the next chunk in a second thread while the
+                caller's thread decodes this one and while the caller has it: the same bits, with the memory of both at
+                once. The rollout is then up to one chunk ahead of what was handed out: a prompt set after chunk k
+                shows from chunk k + 2 on, `interrupt` lets one more chunk come, and `on_step_end`, `on_progress` and a
+                source are called in the other thread. `step`, `save`, `fork` and `reset` are refused until the
+                iterator has ended or was closed. One that is closed before its end stops after the denoising step
+                under way and leaves the video half-written; `stop` ends it whole. Without pixels to decode
+                (`output_type="latent"`) there is no second thread.
+            stop (`Callable`, *optional*): Asked before every chunk but the first is begun. Once it is true, what is
+                under way is still handed out, and the rollout is as after as many `step()`: it can go on and be saved.
+
+        Raises:
+            ValueError: `decode_alongside` with models that are offloaded, which cannot run at the same time.
+            RuntimeError: when the first chunk is asked for, as `step`.
+        """
+        stop = stop or (lambda: False)
+        if decode_alongside and self.vae_decoder is not None:
+            check_decode_alongside(self.pipe)
+            return chunks_decoded_alongside(self, stop)
+        return self._chunks_one_by_one(stop)
+
+    def _chunks_one_by_one(self, stop: Callable[[], bool]) -> Iterator[WanVideoChunk]:
         while not self.done:
             try:
                 chunk = self.step()
             except SourceEndedError:
                 return
             yield chunk
+            if stop():
+                return
 
     def set_prompt(self, prompt: Prompt) -> None:
-        """Use another prompt (or embeddings) from the next chunk on."""
+        """Use another prompt (or embeddings) from the next chunk on that is not begun yet."""
         started = time.perf_counter()
         self._next_prompt = self.pipe.encode_for_rollout(prompt, self.batch_size, self.config.max_sequence_length)
         self._seconds_before["text"] = self._seconds_before.get("text", 0.0) + time.perf_counter() - started
@@ -165,19 +196,20 @@ class WanRollout:
         """Forget the video and start a new one with the current prompt; generators go on where they are.
 
         Raises:
-            RuntimeError: the video is made from a source, which cannot be read again.
+            RuntimeError: during a step, or the video is made from a source, which cannot be read again.
         """
         if self.source is not None:
             raise RuntimeError("this rollout reads a source video and cannot start again; make a new rollout")
-        self.cache.reset()
-        if self.negative_cache is not None:
-            self.negative_cache.reset()
-        self.history.clear()
-        self.conditions.forget()
-        if self.vae_decoder is not None:
-            self.vae_decoder.reset()
-        self._prompt_schedule.clear()
-        self._restart()
+        with self.held_still("reset"):
+            self.cache.reset()
+            if self.negative_cache is not None:
+                self.negative_cache.reset()
+            self.history.clear()
+            self.conditions.forget()
+            if self.vae_decoder is not None:
+                self.vae_decoder.reset()
+            self._prompt_schedule.clear()
+            self._restart()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save everything the video needs to go on, so that [`WanAutoregressivePipeline.resume`] gives the same bits.
@@ -225,13 +257,55 @@ class WanRollout:
 
     # One chunk.
 
-    def _make_chunk(self) -> WanVideoChunk:
-        block = self.grid.block(self.chunks_done, self.frames_done)
+    @contextmanager
+    def held_still(self, verb: str) -> Iterator[None]:
+        """Keep others from changing the rollout. Raises `RuntimeError` while something else does."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"cannot {verb} this rollout during a step; do it between two steps (another thread may be in step(), "
+                "or an iterator that decodes alongside may still be open)"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def stepping(self, prompt: Prompt | None = None) -> Iterator[None]:
+        """Hold the rollout while chunks are made; an exception leaves it failed. Raises `RuntimeError` as `step`."""
+        with self.held_still("step"):
+            if self._failed:
+                raise RuntimeError(
+                    "a step of this rollout failed, or an iterator that ran ahead was closed, and left it "
+                    "half-written; reset() starts anew"
+                )
+            if self.done:
+                raise RuntimeError(f"the video is complete with {self.frames_done} latent frames; reset() starts anew")
+            if prompt is not None:
+                self.set_prompt(prompt)
+            self._failed = True
+            try:
+                yield
+            except SourceEndedError:
+                self.interrupted, self._failed = True, False
+                raise
+            self._failed = False
+
+    def begin_chunk(self) -> ChunkDraft:
+        """Take over what the caller has set for the next chunk. No model runs."""
         timings = StageTimings(self.device)
-        self._steps_finite = []
-        self.conditions.notice_adapters(self.pipe.transformer)
         while self._seconds_before:
             timings.add_seconds(*self._seconds_before.popitem())
+        draft = ChunkDraft(timings, self._next_prompt)
+        self._next_prompt = None
+        return draft
+
+    @torch.no_grad()
+    def make_latents(self, draft: ChunkDraft) -> None:
+        """Denoise the next chunk (or write a given one). Leaves alone what `decode_chunk` uses."""
+        block, timings = self.grid.block(self.chunks_done, self.frames_done), draft.timings
+        self._steps_finite = []
+        self.conditions.notice_adapters(self.pipe.transformer)
         source_latents = None
         if self.source is not None:
             with timings.stage("encode"):
@@ -240,7 +314,7 @@ class WanRollout:
 
         # 1. Bring the past up to date: the last chunk's clean keys and values, or all of them for a new prompt
         with timings.stage("clean_pass"):
-            self._enter_block(block)
+            self._enter_block(block, draft.next_prompt)
 
         # 2. Latents of this chunk
         if block.given:
@@ -252,25 +326,30 @@ class WanRollout:
         self._clean_pass_due = not block.given
         self.history.append(latents)
         self.chunks_done, self.frames_done = block.index + 1, block.stop
+        draft.block, draft.latents, draft.prompt_text = block, latents, self.prompt.text
+        draft.steps_finite = self._steps_finite
 
-        # 3. Pixels of this chunk
-        frames = None
+    @torch.no_grad()
+    def decode_chunk(self, draft: ChunkDraft) -> WanVideoChunk:
+        """Make the pixels of a chunk whose latents are made. Leaves alone what `make_latents` uses."""
+        block, frames = draft.block, None
         if self.vae_decoder is not None:
-            with timings.stage("decode"):
-                frames = self._decode(latents, block)
-        check_finite(self._steps_finite, block)  # last: it waits for the device, as pixels on their way to the CPU do
+            device = get_module_execution_device(self.pipe.vae)
+            with draft.timings.stage("decode", device):
+                frames = self._decode(draft.latents.to(device), block)
+        check_finite(draft.steps_finite, block)  # last: it waits for the device, as pixels on their way to the CPU do
         return WanVideoChunk(
             frames=frames,
-            latents=latents,
+            latents=draft.latents,
             index=block.index,
             start_frame=block.start,
             start_pixel_frame=self._pixel_frames(block.start),
             given=block.given,
-            prompt=self.prompt.text,
-            timings=timings,
+            prompt=draft.prompt_text,
+            timings=draft.timings,
         )
 
-    def _enter_block(self, block: FrameBlock) -> None:
+    def _enter_block(self, block: FrameBlock, next_prompt: PromptState | None) -> None:
         """Take over a prompt that is due and bring the caches up to date."""
         if self.config.window_frames is None and block.start <= TRAINED_FRAMES < block.stop:
             logger.warning(
@@ -280,8 +359,7 @@ class WanRollout:
         scheduled = None
         for frame in [frame for frame in self._prompt_schedule if frame <= block.start]:
             scheduled = self._prompt_schedule.pop(frame)
-        next_prompt = self._next_prompt or scheduled
-        self._next_prompt = None
+        next_prompt = next_prompt or scheduled
 
         if self._clean_pass_due:
             recached = next_prompt is not None and self.config.switch_policy == "recache"

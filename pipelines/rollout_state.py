@@ -113,7 +113,7 @@ def resume_rollout(
     for latents in saved["history"]:
         rollout.history.append(latents)
     if rollout.vae_decoder is not None:
-        rollout.vae_decoder.load_state_dict(saved["vae_decoder"], device)
+        rollout.vae_decoder.load_state_dict(saved["vae_decoder"])
     return rollout
 
 
@@ -140,14 +140,10 @@ def _between_steps(rollout: "WanRollout", verb: str) -> Iterator[None]:
     """Hold the rollout still. Raises `RuntimeError` where there is nothing whole to take."""
     if rollout.source is not None:
         raise RuntimeError(f"cannot {verb} this rollout: its source video is a stream and cannot be read twice")
-    if not rollout._lock.acquire(blocking=False):
-        raise RuntimeError(f"cannot {verb} this rollout during a step; do it between two steps")
-    try:
+    with rollout.held_still(verb):
         if rollout._failed:
             raise RuntimeError(f"cannot {verb} this rollout: a step failed and left it half-written")
         yield
-    finally:
-        rollout._lock.release()
 
 
 def _contents(rollout: "WanRollout") -> dict[str, Any]:

@@ -21,10 +21,12 @@ class StageTimings:
         self._fixed_s: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = self._mark()
+    def stage(self, name: str, device: torch.device | None = None) -> Iterator[None]:
+        """Account for the block, which runs on `device` if that is another one, in the current thread's stream."""
+        device = device or self._device
+        start = _mark(device)
         yield
-        self._marks.setdefault(name, []).append((start, self._mark()))
+        self._marks.setdefault(name, []).append((start, _mark(device)))
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Account for work that was measured elsewhere."""
@@ -59,19 +61,20 @@ class StageTimings:
         names = ("text", "encode", "denoise", "clean_pass", "decode")
         return {f"{name}_s": self._seconds(name) for name in names}
 
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
     def _seconds(self, name: str) -> float:
         total = self._fixed_s.get(name, 0.0)
         for start, stop in self._marks.get(name, ()):
-            if self._device.type == "cuda":
+            if isinstance(stop, float):
+                total += stop - start
+            else:
                 stop.synchronize()
                 total += start.elapsed_time(stop) / 1000
-            else:
-                total += stop - start
         return total
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

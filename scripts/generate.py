@@ -9,7 +9,7 @@ import argparse
 import secrets
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,12 @@ from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.contact_sheet import write_contact_sheet
 from wan_autoregressive.demo import DEMO
 from wan_autoregressive.scripts.earlier_runs import finished_seed
-from wan_autoregressive.scripts.generate_flags import add_config_flags, add_resume_flags, config_from_args
+from wan_autoregressive.scripts.generate_flags import (
+    add_config_flags,
+    add_decode_flag,
+    add_resume_flags,
+    config_from_args,
+)
 from wan_autoregressive.scripts.generate_inputs import Job, Pixels, check_prompts, load_given, plan_jobs
 from wan_autoregressive.scripts.interrupts import SoftInterrupt
 from wan_autoregressive.scripts.load_pipeline import (
@@ -57,6 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--dry-run", action="store_true", help="print the resolved config and what it will take, and render nothing"
     )
     add_resume_flags(parser)
+    add_decode_flag(parser)
     parser.set_defaults(run=run)
     return parser
 
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     # 3. The videos
     stop = SoftInterrupt("stopping after this chunk; Ctrl-C again stops at once")
     with stop if checkpointing is not None else nullcontext():
-        this_run = _Run(pipe, asked, config, given, plan.chunks, load_s, checkpointing, stop)
+        this_run = _Run(pipe, asked, config, given, plan.chunks, load_s, checkpointing, stop, args.decode_alongside)
         if config.prompts is None:
             _render_to_file(this_run, jobs[0], _seed(config), progress)
         else:
@@ -113,12 +119,14 @@ def render(
     seed: int,
     given: Pixels | None = None,
     chunks: int | None = None,
+    decode_alongside: bool = False,
 ) -> RunTimes:
     """Render one video to its mp4, chunk by chunk, with a progress bar on a terminal.
 
     Args:
         given: frames that come first, (frames, height, width, 3).
         chunks: how many to expect, for the bar.
+        decode_alongside: decode a chunk while the next one is denoised.
 
     Raises:
         ValueError: the prompt is too long, or what the pipeline refuses; nothing was written.
@@ -126,13 +134,14 @@ def render(
     """
     check_prompts(pipe, config, job.prompt)
     times = RunTimes()
-    arguments = _rollout_arguments(config, seed, given)
+    arguments = _rollout_arguments(config, seed, given) | {"decode_alongside": decode_alongside}
     start = time.perf_counter()
     with (
         tqdm(total=chunks, desc=job.output.name, unit="chunk", disable=None) as bar,
         VideoWriter(job.output, fps=config.fps, scale=config.scale) as writer,
+        closing(pipe.stream(job.prompt, **arguments)) as video,
     ):
-        for chunk in pipe.stream(job.prompt, **arguments):
+        for chunk in video:
             write_chunk(chunk, writer, times, start, bar)
         with times.measure("encode"):
             writer.close()
@@ -153,6 +162,7 @@ class _Run:
     load_s: float
     checkpointing: Checkpointing | None
     stop: SoftInterrupt
+    decode_alongside: bool
 
 
 def _render_all(run: _Run, jobs: list[Job]) -> None:
@@ -186,7 +196,7 @@ def _render_to_file(run: _Run, job: Job, seed: int, progress: Progress | None) -
     """Render one video, or the rest of it, write its report beside it and say so."""
     config = _config_of(run.config, job)
     if run.checkpointing is None:
-        times = render(run.pipe, config, job, seed, run.given, run.chunks)
+        times = render(run.pipe, config, job, seed, run.given, run.chunks, run.decode_alongside)
     else:
         check_prompts(run.pipe, config, job.prompt)
         if progress is None:
@@ -196,12 +206,15 @@ def _render_to_file(run: _Run, job: Job, seed: int, progress: Progress | None) -
             progress = Progress(asked, pixels_sha256(run.given), seed)
         seed = progress.seed
         arguments = {"prompt": job.prompt} | _rollout_arguments(config, seed, run.given)
-        every = run.checkpointing.every_chunks
-        times = render_resumable(run.pipe, config, arguments, progress, every, run.chunks, run.stop)
+        times = render_resumable(
+            *(run.pipe, config, arguments, progress, run.checkpointing.every_chunks, run.chunks, run.stop),
+            decode_alongside=run.decode_alongside,
+        )
     times.stages["load"] = run.load_s
     dtype = str(run.pipe.transformer.dtype).removeprefix("torch.")
     done = config.model_copy(update={"seed": seed})
-    write_report(job.output.with_suffix(".json"), done, describe_device(run.pipe.device), dtype, times)
+    device = describe_device(run.pipe.device)
+    write_report(job.output.with_suffix(".json"), done, device, dtype, times, run.decode_alongside)
     if config.contact_sheet:
         write_contact_sheet(job.output, job.output.with_suffix(".png"))
     if run.checkpointing is not None:

@@ -53,6 +53,15 @@ def add_resume_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_decode_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--decode-alongside`, which changes when the work is done and no pixel."""
+    parser.add_argument(
+        "--decode-alongside",
+        action="store_true",
+        help="decode a chunk while the next one is denoised; the same video, and not always a faster one on a CPU",
+    )
+
+
 def config_from_args(args: argparse.Namespace) -> GenerateConfig:
     """Resolve defaults < yaml < flags.
 

@@ -124,6 +124,7 @@ def render_resumable(
     every_chunks: int,
     chunks: int | None,
     stop: SoftInterrupt,
+    decode_alongside: bool = False,
 ) -> RunTimes:
     """Render the rest of a video, saving it every `every_chunks` chunks, and join all of it to `config.output`.
 
@@ -135,6 +136,7 @@ def render_resumable(
         progress: new, or what `find_progress` found.
         chunks: how many there will be, for the bar.
         stop: looked at after every chunk.
+        decode_alongside: decode a chunk while the next one is denoised, but for the last one before a checkpoint.
 
     Raises:
         KeyboardInterrupt: a stop was requested. What is done is saved and playable, as after any failure.
@@ -153,7 +155,7 @@ def render_resumable(
         while not rollout.done:
             if stop.requested:
                 raise KeyboardInterrupt
-            _render_segment(rollout, config, progress, every_chunks, stop, bar)
+            _render_segment(rollout, config, progress, every_chunks, stop, bar, decode_alongside)
         start = time.perf_counter()
         found = join_segments([folder / segment["name"] for segment in progress.segments], output)
         if found != progress.frames:
@@ -175,7 +177,13 @@ def discard(output: Path, keep_part: bool = False) -> None:
 
 
 def _render_segment(
-    rollout: Any, config: GenerateConfig, progress: Progress, every_chunks: int, stop: SoftInterrupt, bar: Any
+    rollout: Any,
+    config: GenerateConfig,
+    progress: Progress,
+    every_chunks: int,
+    stop: SoftInterrupt,
+    bar: Any,
+    decode_alongside: bool,
 ) -> None:
     """Render up to `every_chunks` chunks to a new segment and save the state that goes with it."""
     from wan_autoregressive.pipelines.rollout_state import save_rollout
@@ -185,12 +193,11 @@ def _render_segment(
     times = RunTimes(**progress.times)
     start = time.perf_counter() - times.total_s
     path = folder / f"segment-{len(progress.segments):06d}.mp4"
-    with VideoWriter(path, fps=config.fps, scale=config.scale) as writer:
-        for _ in range(every_chunks):
-            chunk = rollout.step()
+    end = rollout.chunks_done + every_chunks
+    chunks = rollout.chunks(decode_alongside, stop=lambda: rollout.chunks_done >= end or stop.requested)
+    with VideoWriter(path, fps=config.fps, scale=config.scale) as writer, contextlib.closing(chunks):
+        for chunk in chunks:
             write_chunk(chunk, writer, times, start, bar)
-            if rollout.done or stop.requested:
-                break
         with times.measure("encode"):
             writer.close()
     segment = {"name": path.name, "frames": writer.frames_written, "bytes": path.stat().st_size}

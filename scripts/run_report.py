@@ -94,14 +94,22 @@ def write_chunk(chunk: Any, writer: Any, times: RunTimes, start: float, bar: Any
     bar.update()
 
 
-def write_report(path: Path, config: GenerateConfig, device: str, dtype: str, times: RunTimes) -> None:
-    """Write the JSON for one video atomically; OSError when it cannot be written."""
+def write_report(
+    path: Path, config: GenerateConfig, device: str, dtype: str, times: RunTimes, decode_alongside: bool = False
+) -> None:
+    """Write the JSON for one video atomically; OSError when it cannot be written.
+
+    Args:
+        decode_alongside: whether decoding overlapped with denoising, so that the stages' seconds add up to more than
+            the total; of the last run, where a video was resumed.
+    """
     report = {
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "versions": versions(),
         "device": device,
         "dtype": dtype,
+        "decode_alongside": decode_alongside,
         "chunks": times.chunks,
         "frames": times.frames,
         "seconds": {stage: round(seconds, 6) for stage, seconds in times.stages.items()},

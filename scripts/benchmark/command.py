@@ -57,6 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compare with `recompute` (no cache), `concat` (cache by concatenation) or any importable "
         "`module:function` (see wan_autoregressive.scripts.benchmark.baselines); may be given several times",
     )
+    add("--decode-alongside", action="store_true", help="compare with decoding while the next chunk is denoised")
     add("--sweep", choices=SWEEPS, help="cost of a chunk against window, resolution, chunk size or position mode")
     add("--sweep-values", metavar="LIST", help="comma-separated, such as 6,9,12 or 240x416,480x832")
     add("--json", type=Path, metavar="FILE", help="write all figures")
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     needs_window = args.roofline or args.baseline or args.sweep
     if needs_window and settings.window_frames is None:
         raise ValueError("--roofline, --baseline and --sweep compare steady chunks, which need --window-frames")
+    if args.decode_alongside and not (settings.with_vae and settings.chunks > 1):
+        raise ValueError("--decode-alongside compares ways to decode chunks, which needs --vae and at least 2 chunks")
     if args.sweep_values and not args.sweep:
         raise ValueError("--sweep-values needs --sweep")
     if args.threads is not None and args.threads < 1:
@@ -118,6 +121,7 @@ def settings_of(args: argparse.Namespace) -> BenchmarkSettings:
 def _measure(args: argparse.Namespace, settings: BenchmarkSettings) -> Any:
     import torch
 
+    from wan_autoregressive.scripts.benchmark.alongside import measure_alongside
     from wan_autoregressive.scripts.benchmark.baselines import compare, resolve_baseline
     from wan_autoregressive.scripts.benchmark.build import build_pipeline
     from wan_autoregressive.scripts.benchmark.measure import measure_rollout
@@ -140,6 +144,8 @@ def _measure(args: argparse.Namespace, settings: BenchmarkSettings) -> Any:
             report.roofline = measure_roofline(pipe, settings)
         if args.baseline:
             report.baselines = compare(pipe, settings, args.baseline)
+        if args.decode_alongside:
+            report.decode_alongside = measure_alongside(pipe, settings)
         if points:
             report.sweep = run_sweep(pipe, points, settings.repeats)
     finally:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wan_autoregressive.scripts.benchmark.alongside import AlongsideResult
 from wan_autoregressive.scripts.benchmark.baselines import BaselineResult
 from wan_autoregressive.scripts.benchmark.counting import STAGES
 from wan_autoregressive.scripts.benchmark.measure import ChunkMeasure, RolloutMeasure
@@ -31,6 +33,7 @@ class BenchmarkReport:
     rollout: RolloutMeasure
     roofline: Roofline | None = None
     baselines: list[BaselineResult] = dataclasses.field(default_factory=list)
+    decode_alongside: AlongsideResult | None = None
     sweep: list[SweepRow] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,6 +50,7 @@ class BenchmarkReport:
             "rollout": self.rollout.as_dict(),
             "roofline": None if self.roofline is None else dataclasses.asdict(self.roofline),
             "baselines": [dataclasses.asdict(baseline) for baseline in self.baselines],
+            "decode_alongside": None if self.decode_alongside is None else self.decode_alongside.as_dict(),
             "sweep": [dataclasses.asdict(row) for row in self.sweep],
         }
 
@@ -72,6 +76,8 @@ def as_text(report: BenchmarkReport) -> str:
         parts.append(_roofline_text(report.roofline))
     if report.baselines:
         parts.append(_baseline_table(report.baselines))
+    if report.decode_alongside is not None:
+        parts.append(_alongside_table(report.decode_alongside))
     if report.sweep:
         parts.append(_sweep_table(report.sweep))
     return "\n\n".join(parts)
@@ -159,6 +165,18 @@ def _baseline_table(baselines: list[BaselineResult]) -> str:
     for result in baselines:
         rows.append((result.name, f"{result.median_s:.4f}", f"{result.ratio:.2f}", f"{result.flops / 1e9:.2f}"))
     return _table(rows)
+
+
+def _alongside_table(result: AlongsideResult) -> str:
+    rows: list[tuple[str, ...]] = [("decoding", "s per rollout", "s between chunks")]
+    for name, times in (("one after the other", result.one_after_the_other), ("alongside", result.alongside)):
+        medians = (statistics.median(seconds) for seconds in (times.total_s, times.interval_s))
+        rows.append((name, *(f"{median:.4f}" for median in medians)))
+    rows.append(("ratio of medians", f"{result.total_ratio:.3f}", f"{result.interval_ratio:.3f}"))
+    rounds, threads = len(result.alongside.total_s), result.torch_threads
+    return _table(rows) + (
+        f"\n({rounds} rounds in turns; alongside, two threads run operations of up to {threads} torch threads each)"
+    )
 
 
 def _sweep_table(sweep: list[SweepRow]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def report(tmp_path_factory) -> dict:
     arguments = ["--layers", "2", "--steps", str(STEPS), "--chunks", "14", "--threads", "1", "--repeats", "2"]
     arguments += ["--roofline", "--baseline", "recompute", "--baseline", "concat"]
     arguments += ["--baseline", "foreign_baseline:make_nothing"]
-    arguments += ["--sweep", "chunk", "--sweep-values", "1,3"]
+    arguments += ["--decode-alongside", "--sweep", "chunk", "--sweep-values", "1,3"]
     arguments += ["--json", str(folder / "report.json"), "--plot", str(folder / "plot.png")]
     threads = torch.get_num_threads()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -131,6 +132,17 @@ def test_a_sweep_has_a_row_for_each_value(report):
     assert rows[0]["kv_cache_bytes"] == rows[1]["kv_cache_bytes"]
 
 
+def test_decoding_alongside_is_measured_in_turns(report):
+    result = report["decode_alongside"]
+    for way in ("one_after_the_other", "alongside"):
+        assert len(result[way]["total_s"]) == len(result[way]["interval_s"]) == 2
+        assert all(0 < i < t for i, t in zip(result[way]["interval_s"], result[way]["total_s"], strict=True))
+    for name in ("total", "interval"):
+        medians = {way: statistics.median(result[way][f"{name}_s"]) for way in ("alongside", "one_after_the_other")}
+        assert result[f"{name}_ratio"] == medians["alongside"] / medians["one_after_the_other"]
+    assert result["torch_threads"] == 1
+
+
 def test_the_concatenating_baseline_makes_the_pipelines_latents():
     settings = BenchmarkSettings(layers=2, steps=STEPS, window_frames=6, sink_frames=0, with_vae=False)
     pipe = build_pipeline(settings)
@@ -172,6 +184,8 @@ def test_weights_are_as_in_a_loaded_checkpoint(dtype):
         (["--window-frames", "none", "--roofline"], "need --window-frames"),
         (["--window-frames", "4"], "need at least 6"),
         (["--json", "no/such/folder/x.json"], "the folder of no/such/folder/x.json does not exist"),
+        (["--decode-alongside", "--no-vae"], "needs --vae and at least 2"),
+        (["--decode-alongside", "--chunks", "1"], "needs --vae and at least 2"),
         (["--baseline", "nothing"], "the baseline is 'nothing'"),
         (["--sweep-values", "3"], "--sweep-values needs --sweep"),
         (["--device", "cuda:99"], "the device 'cuda:99' cannot be used"),

@@ -27,7 +27,9 @@ def test_during_a_step_and_after_a_failed_one(pipe, tmp_path, monkeypatch):
 
     rollout = start(pipe, on_step_end=save, num_inference_steps=1)
     rollout.step()
-    assert said == [f"cannot {verb} this rollout during a step; do it between two steps" for verb in ("save", "fork")]
+    assert [text.partition(";")[0] for text in said] == [
+        f"cannot {verb} this rollout during a step" for verb in ("save", "fork")
+    ]
     monkeypatch.setattr(rollout.scheduler, "step", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rollout.step()

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import imageio.v3 as iio
 import numpy as np
@@ -51,6 +52,34 @@ def write_then(target: Path, then: Callable[[VideoWriter], object], chunks: int 
 def kill_encoder(writer: VideoWriter) -> None:
     assert writer._process is not None
     os.kill(writer._process.pid, signal.SIGKILL)
+
+
+def test_uint8_frames_reach_ffmpeg_without_a_copy(tmp_path: Path) -> None:
+    """What is written to ffmpeg's input is the caller's own memory, whole and in order; strided frames are copied."""
+    frames, given = noise(6), []
+
+    class Recording:
+        def __init__(self, pipe: IO[bytes]) -> None:
+            self.pipe = pipe
+
+        def write(self, data: memoryview) -> int:
+            written = self.pipe.write(data[: 64 * 64 * 2])  # in parts, as a full pipe takes them
+            given.append(np.frombuffer(data[:written], np.uint8))
+            return written
+
+        def close(self) -> None:
+            self.pipe.close()
+
+    def record(writer: VideoWriter) -> None:
+        assert writer._process is not None
+        writer._process.stdin = Recording(writer._process.stdin)  # type: ignore[assignment,arg-type]
+        for batch in (frames[:4], frames[4:, :, ::-1]):
+            given.clear()
+            writer.write(batch)
+            assert np.array_equal(np.concatenate(given), batch.ravel())
+            assert all(np.shares_memory(part, frames) == (batch.base is frames and len(batch) == 4) for part in given)
+
+    write_then(tmp_path / "x.mp4", record)
 
 
 def test_frames_come_back_in_order_with_their_size_rate_and_colour(tmp_path: Path) -> None:
