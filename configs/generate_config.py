@@ -60,8 +60,8 @@ def _parse_device(value: Any) -> Any:
 
 _ROLLOUT_FIELDS = (
     *("height", "width", "num_frames", "chunk_frames", "first_chunk_frames", "first_chunk_steps", "window_frames"),
-    *("sink_frames", "sink_update", "sink_decay", "kv_dtype", "position_mode", "context_noise", "guidance_scale"),
-    *("switch_policy", "recache_sink", "max_sequence_length"),
+    *("sink_frames", "sink_update", "sink_decay", "kv_dtype", "position_mode", "context_noise", "clean_pass"),
+    *("guidance_scale", "switch_policy", "recache_sink", "max_sequence_length"),
 )
 
 Steps = Annotated[tuple[Annotated[float, Field(gt=0, le=TABLE_STEPS)], ...], BeforeValidator(_parse_steps)]
@@ -140,6 +140,9 @@ class GenerateConfig(BaseModel):
         "absolute", description="count frames from the start (ends at 1024 latent frames) or by place in the window"
     )
     context_noise: float = Field(0.0, ge=0, le=TABLE_STEPS, description="timestep at which finished chunks are cached")
+    clean_pass: bool = Field(
+        True, description="cache finished chunks by a pass of their own; without it as their last step left them"
+    )
     max_sequence_length: int = Field(512, ge=1, le=65536, description="longest prompt in tokens")
 
     device: Annotated[str, BeforeValidator(_parse_device)] = Field(

@@ -272,6 +272,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         window_frames: int | None = None,
         sink_frames: int = 0,
         context_noise: float = 0,
+        clean_pass: bool = True,
         image: Any = None,
         video: Any = None,
         video_latents: torch.Tensor | None = None,
@@ -312,6 +313,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 `None` keeps the whole video; absolute positions then end it at 1024 latent frames.
             sink_frames (`int`, defaults to 0): First latent frames that are never evicted.
             context_noise (`float`, defaults to 0): Timestep of the pass that writes a finished chunk to the cache.
+            clean_pass (`bool`, defaults to `True`): Off, the keys and values of a chunk's last step stay in the cache.
+                Saves a forward per chunk; the past is then a noisy one, for which few models are trained.
             image: One image (PIL, array or tensor) to start from.
             video: A clip to extend: frames (PIL images, `(frames, height, width, 3)` uint8 or [0, 1] floats, tensors)
                 or a batch of such. Frames past a multiple of 4 plus 1 are dropped.
@@ -360,6 +363,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             window_frames=window_frames,
             sink_frames=sink_frames,
             context_noise=context_noise,
+            clean_pass=clean_pass,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             denoising_steps=None if denoising_steps is None else tuple(denoising_steps),

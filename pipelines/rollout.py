@@ -323,7 +323,7 @@ class WanRollout:
         else:
             with timings.stage("denoise"):
                 latents = self._denoise(block, source_latents)
-        self._clean_pass_due = not block.given
+        self._clean_pass_due = self.config.clean_pass and not block.given
         self.history.append(latents)
         self.chunks_done, self.frames_done = block.index + 1, block.stop
         draft.block, draft.latents, draft.prompt_text = block, latents, self.prompt.text

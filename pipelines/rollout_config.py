@@ -30,6 +30,7 @@ class RolloutConfig:
     window_frames: int | None = None
     sink_frames: int = 0
     context_noise: float = 0.0
+    clean_pass: bool = True
     guidance_scale: float = 1.0
     num_inference_steps: int | None = None
     denoising_steps: tuple[float, ...] | None = None

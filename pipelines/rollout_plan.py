@@ -40,7 +40,7 @@ def plan_rollout(
         blocks = list(grid)
         chunks = len(blocks)
         generated = sum(not block.given for block in blocks)
-        clean_passes = generated - 1
+        clean_passes = generated - 1 if config.clean_pass else 0
         forwards = branches * (chunks - generated + (generated - 1) * steps + first_steps + clean_passes)
     cached_frames = config.window_frames or grid.total_frames
     if cached_frames is not None:

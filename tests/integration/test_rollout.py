@@ -122,10 +122,26 @@ def test_forwards_of_a_chunk(pipe, count_forwards):
     assert count_forwards == expected[:-1]
 
 
+def test_without_a_clean_pass_the_last_steps_keys_and_values_stay(pipe, count_forwards):
+    options = {**SIZE, "num_frames": 25, "output_type": "latent"}
+    rollout = pipe.rollout("x", **options, clean_pass=False, generator=generator())
+    rollout.step()
+    left = rollout.cache.block_caches[-1].cached_key.clone()
+    count_forwards.clear()
+    rollout.step()
+    assert [mode for _, _, _, mode in count_forwards] == ["append"] + ["overwrite"] * 3
+    assert torch.equal(rollout.cache.block_caches[-1].cached_key[:, : left.shape[1]], left)
+    with_pass = pipe.rollout("x", **options, generator=generator())
+    chunks = list(with_pass)
+    assert torch.equal(chunks[0].latents, rollout.history.last(6)[:, :, :3])
+    assert not torch.equal(chunks[1].latents, rollout.history.last(3))
+
+
 def test_the_plan_counts_what_is_done(pipe, count_forwards):
     for options in (
         {"num_frames": 25},
         {"num_frames": 25, "guidance_scale": 2.0},
+        {"num_frames": 25, "clean_pass": False},
         {"num_frames": 30, "window_frames": 4, "sink_frames": 1},
     ):
         count_forwards.clear()
