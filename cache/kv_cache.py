@@ -222,13 +222,15 @@ class WanKVCache:
         if self._mode == "rewrite_all":
             self.sliding_positions.forget_sink()
         moves = self.sliding_positions.advance(start_frame, num_frames, held_frames, max_positions)
+        window_rotation = rotation(moves.window_shift) if moves.window_shift else None
+        sink_rotation = rotation(moves.sink_shift) if moves.sink_shift is not None and self.sink_size else None
         for block in self.block_caches:
             if self._mode == "rewrite_all":
                 block.forget_sink()
-            if moves.window_shift:
-                block.move_window(rotation(moves.window_shift))
-            if moves.sink_shift is not None and self.sink_size:
-                block.move_sink(rotation(moves.sink_shift))
+            if window_rotation is not None:
+                block.move_window(window_rotation)
+            if sink_rotation is not None:
+                block.move_sink(sink_rotation)
         return moves.query_start
 
     def keep_newest(self, num_tokens: int) -> None:

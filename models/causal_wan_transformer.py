@@ -110,14 +110,19 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         # 2. Conditions: temb (batch, groups, dim), modulation (batch, groups, 6, dim), text where it is not known yet
         time, text = plan.time or TimeConditions(), plan.text
+        needs_text = text is None or (text.projected is None and not text.is_complete)
         temb, modulation, encoder_hidden_states = self.condition_embedder(
             timestep if time.modulation is None else None,
-            encoder_hidden_states if text is None or not text.complete else None,
+            encoder_hidden_states if needs_text else None,
             encoder_hidden_states_image,
             hidden_states.dtype,
         )
         if modulation is not None:
             time.temb, time.modulation = temb, modulation
+        if text is not None:
+            if needs_text:
+                text.projected = encoder_hidden_states
+            encoder_hidden_states = text.projected
 
         # 3. Blocks, each with its own part of the cache
         if text is not None and text.blocks[0].value is None:  # a re-cache computes it with more tokens than a chunk
@@ -131,6 +136,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 hidden_states = self._gradient_checkpointing_func(block, *inputs)
             else:
                 hidden_states = block(*inputs)
+        if text is not None and text.is_complete:
+            text.projected = None
         if is_own_plan and kv_cache is not None:
             kv_cache.end_forward()
         if plan.keys_values_only:

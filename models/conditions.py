@@ -41,10 +41,12 @@ class TextConditions:
 
     def __init__(self, num_blocks: int) -> None:
         self.blocks = [BlockTextConditions() for _ in range(num_blocks)]
+        self.projected: torch.Tensor | None = None
+        """`(batch, text_tokens, dim)`, as long as a block may need it."""
 
     @property
-    def complete(self) -> bool:
-        """Whether no forward needs the embeddings any more."""
+    def is_complete(self) -> bool:
+        """Whether no block needs the prompt any more. A forward that ends early leaves the last block without."""
         return self.blocks[-1].value is not None
 
 
