@@ -42,7 +42,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         value = value.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None and key_rotary_emb is None:
             key = apply_rotary_emb(key, *rotary_emb)
-        if keys_values_only:
+        if keys_values_only and kv_cache is not None:
             kv_cache.write(key, value)
             return hidden_states
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))

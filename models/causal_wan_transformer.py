@@ -111,7 +111,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         # 2. Conditions: temb (batch, groups, dim), modulation (batch, groups, 6, dim), text where it is not known yet
         time, text = plan.time or TimeConditions(), plan.text
         needs_text = text is None or (text.projected is None and not text.is_complete)
-        temb, modulation, encoder_hidden_states = self.condition_embedder(
+        temb, modulation, embedded_text = self.condition_embedder(
             timestep if time.modulation is None else None,
             encoder_hidden_states if needs_text else None,
             encoder_hidden_states_image,
@@ -120,9 +120,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if modulation is not None:
             time.temb, time.modulation = temb, modulation
         if text is not None:
-            if needs_text:
-                text.projected = encoder_hidden_states
-            encoder_hidden_states = text.projected
+            text.projected = embedded_text = embedded_text if needs_text else text.projected
 
         # 3. Blocks, each with its own part of the cache
         if text is not None and text.blocks[0].value is None:  # a re-cache computes it with more tokens than a chunk
@@ -130,7 +128,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         block_texts = [None] * len(self.blocks) if text is None else text.blocks
         for block, block_cache, block_text in zip(self.blocks, plan.block_caches, block_texts, strict=True):
             is_end = plan.keys_values_only and block is self.blocks[-1]
-            inputs = (hidden_states, encoder_hidden_states, time.modulation, plan.rotary_emb)
+            inputs: tuple[Any, ...] = (hidden_states, embedded_text, time.modulation, plan.rotary_emb)
             inputs += (block_cache, plan.key_rotary_emb, block_text, is_end)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *inputs)
@@ -144,6 +142,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             return Transformer2DModelOutput(sample=None) if return_dict else (None,)
 
         # 4. Output norm, projection and unpatchify
+        assert time.temb is not None
         table = self.scale_shift_table.unsqueeze(0).to(time.temb.device)
         shift, scale = (table + time.temb.unsqueeze(2)).unbind(dim=2)
         shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)

@@ -17,7 +17,7 @@ class LeanRMSNorm(torch.nn.RMSNorm):
     """Two tensors less than PyTorch's for the CPU, which has no fused kernel for it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+        if self.eps is None or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
             return super().forward(x)
         scale = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return (x * scale).mul_(self.weight)
