@@ -274,7 +274,7 @@ class WanKVCache:
     def expected_bytes(
         self, batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, num_tokens: int | None = None
     ) -> int:
-        """Bytes that the buffers will take, before anything is allocated.
+        """Bytes that the buffers will take, before anything is allocated; with the copy of a sink that is moved.
 
         Args:
             num_tokens (`int`, *optional*): Tokens of the whole video, needed without window and `max_tokens`.
@@ -283,4 +283,5 @@ class WanKVCache:
         if capacity is None:
             raise ValueError("a cache without window_size and max_tokens grows with the video: pass num_tokens")
         slot_bytes = self.block_caches[0]._buffer_type.slot_bytes(head_dim, dtype)
-        return 2 * self.num_blocks * batch_size * capacity * num_heads * slot_bytes
+        moved_sink = self.sink_size if self.position_mode == "sink_relative" else 0  # keys as they were written
+        return self.num_blocks * batch_size * (2 * capacity + moved_sink) * num_heads * slot_bytes

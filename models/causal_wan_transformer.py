@@ -16,7 +16,6 @@ from diffusers.utils import apply_lora_scale
 
 from wan_autoregressive.cache import WanKVBlockCache, WanKVCache
 from wan_autoregressive.cache.any_length import allow_any_length
-from wan_autoregressive.cache.int8_buffer import KVDtype
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.models.causal_wan_block import (
     CausalWanAttnProcessor,
@@ -222,11 +221,15 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         positions = kv_cache.planned_frame_positions(tokens_per_frame)
         return max(stop for _, stop in positions) - frames, positions
 
-    def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1, kv_dtype: KVDtype | None = None) -> int:
-        """Bytes that keys and values of `num_tokens` tokens take over all blocks, in this model's dtype or as int8."""
-        cache = WanKVCache(num_blocks=self.config.num_layers, kv_dtype=kv_dtype)
+    def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1, kv_cache: WanKVCache | None = None) -> int:
+        """Bytes that keys and values of `num_tokens` tokens take over all blocks.
+
+        Args:
+            kv_cache ([`WanKVCache`], *optional*): Those that this cache will take; one with a window holds that.
+        """
+        kv_cache = kv_cache or WanKVCache(num_blocks=self.config.num_layers)
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
-        return cache.expected_bytes(batch_size, heads, head_dim, self.dtype, num_tokens)
+        return kv_cache.expected_bytes(batch_size, heads, head_dim, self.dtype, num_tokens)
 
     def _check_kv_cache(self, kv_cache: WanKVCache) -> None:
         if kv_cache.num_blocks != len(self.blocks):

@@ -49,6 +49,12 @@ class TextConditions:
         """Whether no block needs the prompt any more. A forward that ends early leaves the last block without."""
         return self.blocks[-1].value is not None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are filled."""
+        tensors = (tensor for block in self.blocks for tensor in (block.key, block.value))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
 
 class ConditionMemory:
     """Conditions of one video that forwards have computed, by what they were computed from.
@@ -67,6 +73,11 @@ class ConditionMemory:
         self._times: dict[float, TimeConditions] = {}
         self._texts: OrderedDict[Hashable, tuple[torch.Tensor, TextConditions]] = OrderedDict()
         self._rotary: OrderedDict[Hashable, RotaryEmbedding] = OrderedDict()
+
+    @property
+    def text_kv_bytes(self) -> int:
+        """Bytes of the prompts' keys and values."""
+        return sum(text.nbytes for _, text in self._texts.values())
 
     def notice_adapters(self, model: nn.Module) -> None:
         """Drop everything if other LoRA adapters are active than the last time, or the same with other weights."""

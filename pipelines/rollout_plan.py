@@ -16,12 +16,15 @@ class RolloutPlan:
     """Chunks and latent frames (given ones included), transformer forwards, and bytes that are held between steps.
 
     A video without end has no counts; without a window its cache grows and `kv_cache_bytes` is `None` as well.
+    `text_kv_bytes` are the cross-attention keys and values of a prompt of `max_sequence_length` tokens, and with
+    guidance of the negative one, in the model's dtype.
     """
 
     chunks: int | None
     latent_frames: int | None
     forwards: int | None
     kv_cache_bytes: int | None
+    text_kv_bytes: int
     vae_state_bytes: int | None
 
 
@@ -45,7 +48,10 @@ def plan_rollout(
     cached_frames = config.window_frames or grid.total_frames
     if cached_frames is not None:
         tokens = cached_frames * pipe.tokens_per_frame(config)
-        cache_bytes = branches * pipe.transformer.kv_cache_bytes(tokens, batch_size, config.kv_dtype)
+        cache = pipe.new_kv_cache(config, grid.total_frames)
+        cache_bytes = branches * pipe.transformer.kv_cache_bytes(tokens, batch_size, cache)
+    # As many numbers per token as the self-attention has.
+    text_bytes = branches * pipe.transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
     if pipe.vae is not None:
         vae_bytes = vae_state_bytes(pipe.vae, batch_size, config.height, config.width, pipe.vae.dtype)
-    return RolloutPlan(chunks, grid.total_frames, forwards, cache_bytes, vae_bytes)
+    return RolloutPlan(chunks, grid.total_frames, forwards, cache_bytes, text_bytes, vae_bytes)

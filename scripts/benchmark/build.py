@@ -61,6 +61,8 @@ def build_pipeline(settings: BenchmarkSettings) -> WanAutoregressivePipeline:
     for model in (transformer, vae):
         if model is not None:
             _cast(model.eval().requires_grad_(False), dtype)
+    if vae is not None and settings.vae_tiling:
+        vae.enable_tiling()
     pipe = WanAutoregressivePipeline(None, None, transformer, vae, SelfForcingScheduler())
     pipe.vae_scale_factor_spatial = settings.geometry.spatial_factor  # unknown to a pipeline without a VAE
     pipe.set_progress_bar_config(disable=True)
@@ -85,25 +87,33 @@ def prompt_embeds(settings: BenchmarkSettings) -> torch.Tensor:
 
 
 def start_rollout(pipe: WanAutoregressivePipeline, settings: BenchmarkSettings, decode: bool = True) -> WanRollout:
-    """A rollout without end, or of `settings.chunks` if there is no window, whose cache is then allocated at once."""
+    """The rollout of these settings, with random text and noise."""
+    return pipe.rollout(
+        **rollout_settings(pipe, settings),
+        prompt_embeds=prompt_embeds(settings),
+        generator=torch.Generator().manual_seed(settings.seed),
+        output_type="pt" if decode and pipe.vae is not None else "latent",
+    )
+
+
+def rollout_settings(pipe: WanAutoregressivePipeline, settings: BenchmarkSettings) -> dict[str, Any]:
+    """Arguments of a `RolloutConfig` without end, or of `settings.chunks` if there is no window, so that the cache is
+    then allocated at once."""
     height, width = settings.pixels
     num_frames = None
     if settings.window_frames is None:
         num_frames = (settings.chunks * settings.chunk_frames - 1) * pipe.vae_scale_factor_temporal + 1
-    return pipe.rollout(
-        prompt_embeds=prompt_embeds(settings),
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        chunk_frames=settings.chunk_frames,
-        window_frames=settings.window_frames,
-        sink_frames=settings.sink_frames,
-        position_mode=settings.position_mode,
-        kv_dtype=settings.kv_dtype,
-        num_inference_steps=settings.steps,
-        generator=torch.Generator().manual_seed(settings.seed),
-        output_type="pt" if decode and pipe.vae is not None else "latent",
-    )
+    return {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "chunk_frames": settings.chunk_frames,
+        "window_frames": settings.window_frames,
+        "sink_frames": settings.sink_frames,
+        "position_mode": settings.position_mode,
+        "kv_dtype": settings.kv_dtype,
+        "num_inference_steps": settings.steps,
+    }
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Measure a rollout with random weights: seconds per stage and chunk, and exact counts of FLOPs, allocations and bytes of
 keys and values. With --roofline, how near the transformer comes to its bare matrix products and attentions; with
---baseline, other implementations on the same weights. What is compared is measured in turns within one run."""
+--baseline, other implementations on the same weights. What is compared is measured in turns within one run.
+With --dry-run nothing is measured: what memory the model would take is computed, on any machine."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -42,7 +43,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--kv-dtype", choices=KV_DTYPES, help="how the past is kept (default: in --dtype)")
     add("--steps", type=int, default=4, metavar="N", help="denoising steps per chunk (default: 4)")
     add("--chunks", type=int, default=6, metavar="N", help="chunks of the rollout (default: 6)")
-    add("--vae", action=argparse.BooleanOptionalAction, help="decode as well (default: only for demo)")
+    add("--vae", action=argparse.BooleanOptionalAction, help="decode as well (default: for demo and --dry-run)")
+    add("--vae-tiling", action="store_true", help="decode in tiles")
+    add("--dry-run", action="store_true", help="print the memory and FLOPs it would take; allocates nothing")
     add("--device", default="cpu", help="default: cpu")
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
     add("--threads", type=int, metavar="N", help="of torch on the CPU (default: torch's)")
@@ -84,10 +87,19 @@ def run(args: argparse.Namespace) -> int:
 
     from wan_autoregressive.scripts.benchmark import report as reports
 
+    if args.dry_run:
+        _check_dry_run(args)
+        from wan_autoregressive.scripts.benchmark.memory import as_text, plan_memory
+
+        plan = plan_memory(settings)
+        print(as_text(plan))
+        if args.json is not None:
+            reports.write_json(args.json, plan.as_dict())
+        return 0
     report = _measure(args, settings)
     print(reports.as_text(report))
     if args.json is not None:
-        reports.write_json(args.json, report)
+        reports.write_json(args.json, report.as_dict())
     if args.plot is not None:
         _plot(args.plot, settings, report.rollout)
     return 0
@@ -111,11 +123,18 @@ def settings_of(args: argparse.Namespace) -> BenchmarkSettings:
         steps=args.steps,
         chunks=args.chunks,
         repeats=args.repeats,
-        with_vae=args.preset == "demo" if args.vae is None else args.vae,
+        with_vae=args.preset == "demo" or args.dry_run if args.vae is None else args.vae,
+        vae_tiling=args.vae_tiling,
         device=args.device,
         dtype=args.dtype,
         seed=args.seed,
     )
+
+
+def _check_dry_run(args: argparse.Namespace) -> None:
+    for name in ("roofline", "baseline", "decode_alongside", "sweep", "plot"):
+        if getattr(args, name):
+            raise ValueError(f"--dry-run measures nothing; leave out --{name.replace('_', '-')}")
 
 
 def _measure(args: argparse.Namespace, settings: BenchmarkSettings) -> Any:

@@ -1,8 +1,8 @@
-"""Model sizes to measure: those of the published checkpoints, cut down to a few layers. No torch in here."""
+"""Model sizes: those of the published checkpoints, cut down to a layer or whole. No torch in here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -60,12 +60,16 @@ class Geometry:
         return (rows // self.patch_size[1]) * (columns // self.patch_size[2])
 
 
-PRESETS: dict[str, Geometry] = {
-    geometry.name: geometry
-    for geometry in (
-        Geometry("demo", 4, 32, 512, 5, 64, 128, 16, 8, 64, 64, vae="demo"),
-        Geometry("1.3b-layer", 12, 128, 8960, 1, 4096, 256, 16, 8, 240, 416, vae="wan2.1"),
-        Geometry("5b-layer", 24, 128, 14336, 1, 4096, 256, 48, 16, 480, 832, vae="wan2.2"),
-        Geometry("14b-layer", 40, 128, 13824, 1, 4096, 256, 16, 8, 240, 416, vae="wan2.1"),
-    )
-}
+_LAYERS = (
+    Geometry("demo", 4, 32, 512, 5, 64, 128, 16, 8, 64, 64, vae="demo"),
+    Geometry("1.3b-layer", 12, 128, 8960, 1, 4096, 256, 16, 8, 240, 416, vae="wan2.1"),
+    Geometry("5b-layer", 24, 128, 14336, 1, 4096, 256, 48, 16, 480, 832, vae="wan2.2"),
+    Geometry("14b-layer", 40, 128, 13824, 1, 4096, 256, 16, 8, 240, 416, vae="wan2.1"),
+)
+_demo, _1_3b, _5b, _14b = _LAYERS
+_WHOLE = (
+    replace(_1_3b, name="1.3b", layers=30, height=480, width=832),
+    replace(_5b, name="5b", layers=30, height=704, width=1280),
+    replace(_14b, name="14b", layers=40, height=480, width=832),
+)
+PRESETS: dict[str, Geometry] = {geometry.name: geometry for geometry in (*_LAYERS, *_WHOLE)}

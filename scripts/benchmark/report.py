@@ -55,12 +55,12 @@ class BenchmarkReport:
         }
 
 
-def write_json(path: Path, report: BenchmarkReport) -> None:
-    """Write the report atomically; OSError when it cannot be written."""
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write a report's `as_dict()` atomically; OSError when it cannot be written."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(report.as_dict(), file, indent=2)
+            json.dump(figures, file, indent=2)
             file.write("\n")
         os.chmod(name, 0o644)
         os.replace(name, path)
@@ -85,16 +85,26 @@ def as_text(report: BenchmarkReport) -> str:
 
 def _header(report: BenchmarkReport) -> str:
     settings, conditions = report.settings, report.conditions
+    return (
+        f"{describe_rollout(settings)}\n{conditions['device']}, {describe_dtype(settings)}, "
+        f"{conditions['threads']} threads, torch {conditions['torch']}, load {conditions['load_1_minute']}"
+    )
+
+
+def describe_rollout(settings: BenchmarkSettings) -> str:
+    """Model, size, chunk and window in one line."""
     height, width = settings.pixels
     window = "no window" if settings.window_frames is None else f"window {settings.window_frames}"
-    kept = "" if settings.kv_dtype is None else f", K/V {settings.kv_dtype}"
     return (
         f"{settings.preset}: {settings.num_layers} layers of {settings.geometry.dim}, {height}x{width}, "
         f"{settings.tokens_per_frame} tokens per latent frame, chunk {settings.chunk_frames}, {window}, "
-        f"sink {settings.sink_frames}, {settings.steps} steps and a clean pass per chunk\n"
-        f"{conditions['device']}, {settings.dtype}{kept}, {conditions['threads']} threads, "
-        f"torch {conditions['torch']}, load {conditions['load_1_minute']}"
+        f"sink {settings.sink_frames}, {settings.steps} steps and a clean pass per chunk"
     )
+
+
+def describe_dtype(settings: BenchmarkSettings) -> str:
+    """The model's dtype, and the cache's if it is another."""
+    return settings.dtype + ("" if settings.kv_dtype is None else f", K/V {settings.kv_dtype}")
 
 
 def _stage_table(report: BenchmarkReport) -> str:
@@ -117,7 +127,7 @@ def _stage_table(report: BenchmarkReport) -> str:
                 )
             rows.append((str(chunk.index), stage, f"{chunk.stage_s[stage]:.4f}", *figures))
     left_out = len(report.rollout.chunks) - len(shown)
-    return _table(rows) + (f"\n({left_out} chunks alike are in the JSON)" if left_out else "")
+    return table(rows) + (f"\n({left_out} chunks alike are in the JSON)" if left_out else "")
 
 
 def _chunks_to_show(measure: RolloutMeasure) -> list[ChunkMeasure]:
@@ -164,7 +174,7 @@ def _baseline_table(baselines: list[BaselineResult]) -> str:
     rows.append(("pipeline", f"{baselines[0].pipeline_median_s:.4f}", "1.00", ""))
     for result in baselines:
         rows.append((result.name, f"{result.median_s:.4f}", f"{result.ratio:.2f}", f"{result.flops / 1e9:.2f}"))
-    return _table(rows)
+    return table(rows)
 
 
 def _alongside_table(result: AlongsideResult) -> str:
@@ -174,7 +184,7 @@ def _alongside_table(result: AlongsideResult) -> str:
         rows.append((name, *(f"{median:.4f}" for median in medians)))
     rows.append(("ratio of medians", f"{result.total_ratio:.3f}", f"{result.interval_ratio:.3f}"))
     rounds, threads = len(result.alongside.total_s), result.torch_threads
-    return _table(rows) + (
+    return table(rows) + (
         f"\n({rounds} rounds in turns; alongside, two threads run operations of up to {threads} torch threads each)"
     )
 
@@ -193,10 +203,11 @@ def _sweep_table(sweep: list[SweepRow]) -> str:
                 f"{row.median_s / row.chunk_frames:.4f}",
             )
         )
-    return _table(rows)
+    return table(rows)
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of as many cells each, in columns that end at the same place."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -39,6 +39,7 @@ class BenchmarkSettings:
     chunks: int = 6
     repeats: int = 3
     with_vae: bool = True
+    vae_tiling: bool = False
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0

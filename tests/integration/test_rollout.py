@@ -143,6 +143,7 @@ def test_the_plan_counts_what_is_done(pipe, count_forwards):
         {"num_frames": 25, "guidance_scale": 2.0},
         {"num_frames": 25, "clean_pass": False},
         {"num_frames": 30, "window_frames": 4, "sink_frames": 1},
+        {"num_frames": 30, "window_frames": 4, "sink_frames": 1, "position_mode": "sink_relative", "kv_dtype": "int8"},
     ):
         count_forwards.clear()
         plan = pipe.plan(**SIZE, **options)
@@ -153,6 +154,7 @@ def test_the_plan_counts_what_is_done(pipe, count_forwards):
         assert plan.latent_frames == rollout.frames_done
         assert plan.forwards == len(count_forwards)
         assert plan.kv_cache_bytes == sum(cache.allocated_bytes for cache in caches)
+        assert plan.text_kv_bytes == rollout.conditions.text_kv_bytes > 0
         assert plan.vae_state_bytes == rollout.vae_decoder.state_bytes
 
 

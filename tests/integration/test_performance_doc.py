@@ -1,0 +1,30 @@
+"""Every cell of the tables in `docs/PERFORMANCE.md` is what the command above it prints."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from wan_autoregressive.scripts.benchmark.memory import plan_memory
+from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
+from wan_autoregressive.scripts.cli import main
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "PERFORMANCE.md").read_text(encoding="utf-8")
+# A block of commands, then a table with a column for each.
+TABLES = re.findall(r"```\n((?:wan-ar benchmark --dry-run .*\n)+)```\n\n((?:\|.*\n)+)", DOCUMENT)
+
+
+@pytest.mark.parametrize(("commands", "table"), TABLES, ids=["1.3b", "5b", "14b"])
+def test_tables_are_what_the_commands_print(commands, table, capsys):
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    for column, command in enumerate(commands.splitlines(), start=1):
+        assert main(command.split()[1:]) == 0
+        printed = capsys.readouterr().out.splitlines()[4:]
+        assert [re.split(r"\s{2,}", line.strip()) for line in printed] == [[row[0], row[column]] for row in rows]
+
+
+def test_81_frames_without_a_window_take_what_a_window_of_21_does():
+    shape = {"preset": "1.3b", "dtype": "bfloat16", "chunks": 7}
+    with_window = plan_memory(BenchmarkSettings(**shape, window_frames=21, sink_frames=3))
+    without = plan_memory(BenchmarkSettings(**shape, window_frames=None, sink_frames=0))
+    assert with_window.most_bytes == without.most_bytes
