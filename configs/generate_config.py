@@ -61,7 +61,7 @@ def _parse_device(value: Any) -> Any:
 _ROLLOUT_FIELDS = (
     *("height", "width", "num_frames", "chunk_frames", "first_chunk_frames", "first_chunk_steps", "window_frames"),
     *("sink_frames", "sink_update", "sink_decay", "kv_dtype", "position_mode", "context_noise", "clean_pass"),
-    *("guidance_scale", "switch_policy", "recache_sink", "max_sequence_length"),
+    *("guidance_scale", "switch_policy", "recache_sink", "max_sequence_length", "park_vae_state"),
 )
 
 Steps = Annotated[tuple[Annotated[float, Field(gt=0, le=TABLE_STEPS)], ...], BeforeValidator(_parse_steps)]
@@ -152,6 +152,9 @@ class GenerateConfig(BaseModel):
         "auto", description="auto is bfloat16 on a GPU and float32 on a CPU"
     )
     vae_tiling: bool = Field(False, description="decode in tiles: less memory, slower")
+    park_vae_state: bool = Field(
+        False, description="keep the VAE decoder's state in CPU memory between chunks: less GPU memory, slower"
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> GenerateConfig:

@@ -11,7 +11,8 @@ The submodules replace the entries of such a list and never write into a cached 
 enough for a rollback point or for a fork.
 
 Memory: between calls a stream holds `state_bytes`. During a call the old state is kept until the new one is complete,
-so that a failed call changes nothing: up to twice as much, beside the activations.
+so that a failed call changes nothing: up to twice as much, beside the activations. With a `parking_device` it lies
+there between calls; see `VaeStream`.
 
 Gradients flow within one call and not into the calls before it; wrap calls in `torch.no_grad()` for inference.
 """

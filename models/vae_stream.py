@@ -7,6 +7,7 @@ This module knows nothing of how a step is computed.
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -82,12 +83,20 @@ class _Layout:
 
 
 class VaeStream:
-    """One stream's feature caches and what they were cut to. Subclasses add the direction."""
+    """One stream's feature caches and what they were cut to. Subclasses add the direction.
+
+    Args:
+        parking_device: Where the feature caches are kept between two calls, such as "cpu" for a VAE on a GPU; None
+            leaves them where they are used. A call then copies `state_bytes` to the VAE's device before and back
+            after it, on CUDA from and to pinned memory without waiting. In return the VAE's device holds nothing
+            between calls, and in a call the state once instead of twice.
+    """
 
     _kind: str  # "decoder" or "encoder": the submodule whose features are cached
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan, parking_device: torch.device | str | None = None) -> None:
         self.vae = vae
+        self.parking_device = None if parking_device is None else torch.device(parking_device)
         self._empty = empty_cache(getattr(vae, self._kind))
         self.reset()
 
@@ -109,9 +118,7 @@ class VaeStream:
 
     def fork(self: Stream) -> Stream:
         """A second stream that goes on from here on its own. Costs no memory until the two move on."""
-        twin = type(self)(self.vae)
-        twin._commit(self._layout, self._lanes, self._latent_frames_done)
-        return twin
+        return copy.copy(self)  # what it holds is replaced, never written to
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything needed to go on later, as a flat dict that `safetensors.torch.save_file` takes as it is.
@@ -120,6 +127,8 @@ class VaeStream:
             The cached tensors under `lane.<i>.slot.<j>` (the ones held, copied only where they are not contiguous; do
             not write into them) and `meta`, a small JSON text as a uint8 tensor on the CPU.
         """
+        if self.parking_device is not None and (device := get_module_execution_device(self.vae)).type == "cuda":
+            torch.cuda.synchronize(device)  # the copies to the CPU may still be under way
         state, markers = {}, {}
         for i, lane in enumerate(self._lanes):
             for j, entry in enumerate(lane):
@@ -144,7 +153,8 @@ class VaeStream:
 
         Args:
             state: the dict; tensors already on `device` are kept, not copied.
-            device: where the next chunk will be computed; None is the device on which the VAE executes.
+            device: where the next chunk will be computed; None is the device on which the VAE executes. A stream with
+                a parking device keeps copies there instead.
 
         Raises:
             ValueError: `state` is not a whole state of this kind of stream for this VAE. The stream is unchanged then.
@@ -157,7 +167,7 @@ class VaeStream:
         different = set(state) ^ {"meta", *meta["tensors"]}
         if different:
             raise ValueError(f"tensors missing from or unknown to this state: {', '.join(sorted(different)[:4])}")
-        device = get_module_execution_device(self.vae) if device is None else torch.device(device)
+        device = self.parking_device or device or get_module_execution_device(self.vae)
         lanes: list[FeatureCache] = [list(self._empty) for _ in range(meta["lanes"])]
         tensors = {name: state[name].to(device) for name in meta["tensors"]}
         for name, entry in (tensors | meta["markers"]).items():
@@ -178,16 +188,30 @@ class VaeStream:
         layout = _Layout.of(self.vae, x)
         if self._layout is not None:
             self._layout.check_same(layout)
-            return layout, [list(lane) for lane in self._lanes]
+            parked = self.parking_device is not None
+            return layout, [_copied(lane, x.device) if parked else list(lane) for lane in self._lanes]
         slices = layout.batch if layout.slicing else 1
         return layout, [list(self._empty) for _ in range(slices * tiles)]
 
     def _commit(self, layout: _Layout | None, lanes: list[FeatureCache], latent_frames_done: int) -> None:
         """Keep new lists of the tensors in `lanes`."""
         # Detached: with gradients on, a cached tensor would otherwise keep the graph of the whole stream alive.
-        self._lanes = [[e.detach() if isinstance(e, torch.Tensor) else e for e in lane] for lane in lanes]
+        lanes = [[e.detach() if isinstance(e, torch.Tensor) else e for e in lane] for lane in lanes]
+        if self.parking_device is not None:
+            lanes = [_copied(lane, self.parking_device) for lane in lanes]
+        self._lanes = lanes
         self._layout = layout
         self._latent_frames_done = latent_frames_done
+
+
+def _copied(lane: FeatureCache, device: torch.device) -> FeatureCache:
+    """The cache with copies of its tensors on `device`; one between the CPU and CUDA may still be under way."""
+
+    def copied(entry: torch.Tensor) -> torch.Tensor:
+        # To the CPU, `non_blocking` takes pinned memory on CUDA; on other devices the copy could be read too early.
+        return entry.to(device, non_blocking="cuda" in (entry.device.type, device.type), copy=True)
+
+    return [copied(entry) if isinstance(entry, torch.Tensor) else entry for entry in lane]
 
 
 def _read_meta(state: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -287,6 +287,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         sink_update: str = "static",
         sink_decay: float = 0.999,
         kv_dtype: KVDtype | None = None,
+        park_vae_state: bool = False,
         first_chunk_steps: tuple[float, ...] | list[float] | None = None,
         num_inference_steps: int | None = None,
         denoising_steps: tuple[float, ...] | list[float] | None = None,
@@ -338,6 +339,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             sink_update (`str`, defaults to `"static"`): `moving_average` folds evicted frames into the sink, which
                 keeps `sink_decay` of itself each time (Reward-Forcing). Needs relative positions.
             kv_dtype (`str`, *optional*): `int8` keeps the past as int8, see [`WanKVCache`]; else the model's dtype.
+            park_vae_state (`bool`, defaults to `False`): Keep the VAE decoder's state in CPU memory while nothing is
+                decoded: `plan().vae_state_bytes` less on the VAE's device for two transfers of them per chunk.
             first_chunk_steps (`Sequence[float]`, *optional*): Own step list for the first generated chunk.
             denoising_steps (`Sequence[float]`, *optional*): Own step list, see [`SelfForcingScheduler`].
 
@@ -376,6 +379,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             sink_update=sink_update,
             sink_decay=sink_decay,
             kv_dtype=kv_dtype,
+            park_vae_state=park_vae_state,
             first_chunk_steps=None if first_chunk_steps is None else tuple(first_chunk_steps),
             strength=strength,
             max_sequence_length=max_sequence_length,
@@ -385,8 +389,9 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if first_prompt is None:
             first_prompt = check_one_of(required=True, prompt=schedule.pop(0, None), prompt_embeds=None)
         negative = check_one_of(negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds)
+        negative = "" if negative is None else negative
         check_sizes(self, config, given_frames)
-        check_prompts(self, config, [first_prompt, negative or "", *schedule.values()], list(schedule))
+        check_prompts(self, config, [first_prompt, negative, *schedule.values()], list(schedule))
         batch_size = prompt_count(first_prompt) * num_videos_per_prompt
         schedulers = self.chunk_schedulers(config)
         check_tensors(self, config, batch_size, given_frames, latents, video_latents, generator)
@@ -396,7 +401,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         first_state = self.encode_for_rollout(first_prompt, batch_size, max_sequence_length)
         negative_embeds = None
         if config.do_classifier_free_guidance:
-            negative_embeds = self.encode_for_rollout(negative or "", batch_size, max_sequence_length).embeds
+            negative_embeds = self.encode_for_rollout(negative, batch_size, max_sequence_length).embeds
         states = {frame: self.encode_for_rollout(p, batch_size, max_sequence_length) for frame, p in schedule.items()}
         text_s = time.perf_counter() - started
 

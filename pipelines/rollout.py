@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.utils.torch_utils import get_module_execution_device
 
 from wan_autoregressive.cache import WanKVCache
 from wan_autoregressive.models.conditions import ConditionMemory
@@ -27,7 +27,7 @@ from wan_autoregressive.pipelines.rollout_state import fork_rollout, save_rollou
 from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
 from wan_autoregressive.pipelines.timings import StageTimings
 from wan_autoregressive.schedulers import SelfForcingScheduler
-from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
+from wan_autoregressive.schedulers.self_forcing_scheduler import Generators, draw_noise
 
 if TYPE_CHECKING:
     from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
@@ -119,7 +119,7 @@ class WanRollout:
         self.negative_cache = self._new_cache() if config.do_classifier_free_guidance else None
         self.conditions = ConditionMemory(num_prompts=len(self.branches()))
         self.history = LatentHistory(config.window_frames)
-        self.vae_decoder = None if config.output_type == "latent" else StreamingVaeDecoder(pipe.vae)
+        self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
         self._lock = threading.Lock()
         self._restart()
 
@@ -487,7 +487,7 @@ class WanRollout:
             return self._initial_noise[:, :, start : start + block.num_frames]
         channels = self.pipe.transformer.config.in_channels
         shape = (self.batch_size, channels, block.num_frames, self.latent_height, self.latent_width)
-        return randn_tensor(shape, generator=self.generator, device=self.device, dtype=torch.float32)
+        return draw_noise(shape, self.generator, self.device, torch.float32)
 
     def _decode(self, latents: torch.Tensor, block: FrameBlock) -> Any:
         assert self.vae_decoder is not None
@@ -512,6 +512,11 @@ class WanRollout:
         self._newest_block_frames = 0
         self._clean_pass_due = False
         self._failed = False
+
+    def _new_vae_decoder(self) -> StreamingVaeDecoder:
+        # On a CPU the state is where it would be parked.
+        parked = self.config.park_vae_state and get_module_execution_device(self.pipe.vae).type != "cpu"
+        return StreamingVaeDecoder(self.pipe.vae, parking_device="cpu" if parked else None)
 
     def _new_cache(self) -> WanKVCache:
         return self.pipe.new_kv_cache(self.config, self.grid.total_frames)

@@ -44,6 +44,7 @@ class RolloutConfig:
     flush_frames: int = 2
     cut_jump_frames: int = 42
     blend_chunks: int = 4
+    park_vae_state: bool = False
     max_sequence_length: int = 512
     strength: float | None = None
     output_type: str = "np"

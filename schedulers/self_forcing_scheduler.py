@@ -133,7 +133,7 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         x0 = self.predict_original_sample(model_output, self._sigma_floats[index], sample)
         prev_sample = x0
         if index + 1 < len(self._timestep_floats):
-            noise = randn_tensor(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+            noise = draw_noise(x0.shape, generator, x0.device, x0.dtype)
             prev_sample = self._mix(x0, noise, self._sigma_floats[index + 1])
         if not return_dict:
             return prev_sample, x0
@@ -184,3 +184,23 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
                 f"denoising_steps is {steps}; with warp=True steps are indices and must be whole numbers. "
                 "Use warp=False for timesteps"
             )
+
+
+def draw_noise(
+    shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Diffusers' `randn_tensor` to the bit; that one waits for the GPU whenever the generator is on the CPU.
+
+    Args:
+        generator (`torch.Generator` or a list with one per batch entry, *optional*): On `device` or on the CPU; `None`
+            draws from the global state of `device`.
+
+    Raises:
+        ValueError: a generator on a GPU for noise on another device.
+    """
+    first = generator[0] if isinstance(generator, list) else generator
+    drawn_on = device if first is None or first.device.type != "cpu" else first.device
+    noise = randn_tensor(shape, generator=generator, device=drawn_on, dtype=dtype)
+    if noise.device.type == "cpu" and device.type == "cuda":
+        noise = noise.pin_memory()  # from other memory the copy may wait for its turn
+    return noise.to(device, non_blocking=True)

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_autoregressive.scripts.benchmark.presets import PRESETS
-from wan_autoregressive.scripts.benchmark.settings import DTYPES, KV_DTYPES, POSITION_MODES, SWEEPS, BenchmarkSettings
+from wan_autoregressive.scripts.benchmark.settings import (
+    COMPILED_PARTS,
+    DTYPES,
+    KV_DTYPES,
+    POSITION_MODES,
+    SWEEPS,
+    BenchmarkSettings,
+)
 
 if TYPE_CHECKING:
     from wan_autoregressive.scripts.benchmark.measure import RolloutMeasure
@@ -61,6 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "`module:function` (see wan_autoregressive.scripts.benchmark.baselines); may be given several times",
     )
     add("--decode-alongside", action="store_true", help="compare with decoding while the next chunk is denoised")
+    add("--compile", choices=COMPILED_PARTS, help="compare with torch.compile over each block or the whole model")
     add("--sweep", choices=SWEEPS, help="cost of a chunk against window, resolution, chunk size or position mode")
     add("--sweep-values", metavar="LIST", help="comma-separated, such as 6,9,12 or 240x416,480x832")
     add("--json", type=Path, metavar="FILE", help="write all figures")
@@ -75,9 +83,11 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist")
-    needs_window = args.roofline or args.baseline or args.sweep
+    needs_window = args.roofline or args.baseline or args.compile or args.sweep
     if needs_window and settings.window_frames is None:
-        raise ValueError("--roofline, --baseline and --sweep compare steady chunks, which need --window-frames")
+        raise ValueError(
+            "--roofline, --baseline, --compile and --sweep compare steady chunks, which need --window-frames"
+        )
     if args.decode_alongside and not (settings.with_vae and settings.chunks > 1):
         raise ValueError("--decode-alongside compares ways to decode chunks, which needs --vae and at least 2 chunks")
     if args.sweep_values and not args.sweep:
@@ -143,6 +153,7 @@ def _measure(args: argparse.Namespace, settings: BenchmarkSettings) -> Any:
     from wan_autoregressive.scripts.benchmark.alongside import measure_alongside
     from wan_autoregressive.scripts.benchmark.baselines import compare, resolve_baseline
     from wan_autoregressive.scripts.benchmark.build import build_pipeline
+    from wan_autoregressive.scripts.benchmark.compiled import check_compiler, measure_compiled
     from wan_autoregressive.scripts.benchmark.measure import measure_rollout
     from wan_autoregressive.scripts.benchmark.report import BenchmarkReport
     from wan_autoregressive.scripts.benchmark.roofline import measure_roofline
@@ -154,6 +165,8 @@ def _measure(args: argparse.Namespace, settings: BenchmarkSettings) -> Any:
         points = sweep_settings(settings, args.sweep, values)
     for name in args.baseline:
         resolve_baseline(name)
+    if args.compile:
+        check_compiler()
     threads_before = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads_before)
     try:
@@ -165,6 +178,8 @@ def _measure(args: argparse.Namespace, settings: BenchmarkSettings) -> Any:
             report.baselines = compare(pipe, settings, args.baseline)
         if args.decode_alongside:
             report.decode_alongside = measure_alongside(pipe, settings)
+        if args.compile:
+            report.compiled = measure_compiled(pipe, settings, args.compile)
         if points:
             report.sweep = run_sweep(pipe, points, settings.repeats)
     finally:

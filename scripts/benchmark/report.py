@@ -13,6 +13,7 @@ from typing import Any
 
 from wan_autoregressive.scripts.benchmark.alongside import AlongsideResult
 from wan_autoregressive.scripts.benchmark.baselines import BaselineResult
+from wan_autoregressive.scripts.benchmark.compiled import CompiledResult
 from wan_autoregressive.scripts.benchmark.counting import STAGES
 from wan_autoregressive.scripts.benchmark.measure import ChunkMeasure, RolloutMeasure
 from wan_autoregressive.scripts.benchmark.roofline import Roofline
@@ -34,6 +35,7 @@ class BenchmarkReport:
     roofline: Roofline | None = None
     baselines: list[BaselineResult] = dataclasses.field(default_factory=list)
     decode_alongside: AlongsideResult | None = None
+    compiled: CompiledResult | None = None
     sweep: list[SweepRow] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class BenchmarkReport:
             "roofline": None if self.roofline is None else dataclasses.asdict(self.roofline),
             "baselines": [dataclasses.asdict(baseline) for baseline in self.baselines],
             "decode_alongside": None if self.decode_alongside is None else self.decode_alongside.as_dict(),
+            "compiled": None if self.compiled is None else self.compiled.as_dict(),
             "sweep": [dataclasses.asdict(row) for row in self.sweep],
         }
 
@@ -78,6 +81,8 @@ def as_text(report: BenchmarkReport) -> str:
         parts.append(_baseline_table(report.baselines))
     if report.decode_alongside is not None:
         parts.append(_alongside_table(report.decode_alongside))
+    if report.compiled is not None:
+        parts.append(_compiled_table(report.compiled))
     if report.sweep:
         parts.append(_sweep_table(report.sweep))
     return "\n\n".join(parts)
@@ -186,6 +191,18 @@ def _alongside_table(result: AlongsideResult) -> str:
     rounds, threads = len(result.alongside.total_s), result.torch_threads
     return table(rows) + (
         f"\n({rounds} rounds in turns; alongside, two threads run operations of up to {threads} torch threads each)"
+    )
+
+
+def _compiled_table(result: CompiledResult) -> str:
+    rows = [("transformer, without VAE", "s per chunk")]
+    rows.append(("eager", f"{statistics.median(result.eager_s):.4f}"))
+    rows.append((f"compiled {result.part}", f"{statistics.median(result.compiled_s):.4f}"))
+    rows.append(("ratio of medians", f"{result.ratio:.3f}"))
+    return table(rows) + (
+        f"\n({len(result.compiled_s)} rounds in turns, after {result.warm_up_chunks} chunks that took "
+        f"{result.warm_up_s:.1f} s compiled; {result.graphs} graphs took {result.compile_s:.1f} s to compile; "
+        f"latents differ by at most {result.largest_difference:.1e})"
     )
 
 

@@ -1,13 +1,16 @@
 """`wan-ar benchmark` from the flags to its JSON. Counts are exact; no second is ever compared with another."""
 
+import functools
 import json
 import math
 import statistics
 
 import pytest
 import torch
+import torch._inductor.config
 from PIL import Image
 
+from wan_autoregressive.scripts.benchmark import compiled
 from wan_autoregressive.scripts.benchmark.baselines import baseline_setup, resolve_baseline
 from wan_autoregressive.scripts.benchmark.build import build_pipeline, start_rollout
 from wan_autoregressive.scripts.benchmark.costs import (
@@ -36,13 +39,16 @@ def report(tmp_path_factory) -> dict:
     arguments = ["--layers", "2", "--steps", str(STEPS), "--chunks", "14", "--threads", "1", "--repeats", "2"]
     arguments += ["--roofline", "--baseline", "recompute", "--baseline", "concat"]
     arguments += ["--baseline", "foreign_baseline:make_nothing"]
-    arguments += ["--decode-alongside", "--sweep", "chunk", "--sweep-values", "1,3"]
+    arguments += ["--decode-alongside", "--compile", "blocks", "--sweep", "chunk", "--sweep-values", "1,3"]
     arguments += ["--json", str(folder / "report.json"), "--plot", str(folder / "plot.png")]
     threads = torch.get_num_threads()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "foreign_baseline.py").write_text(FOREIGN_BASELINE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(elsewhere)
+        # Inductor's kernels take a minute to be built.
+        without_kernels = functools.partial(compiled.measure_compiled, backend="eager")
+        patch.setattr(compiled, "measure_compiled", without_kernels)
         assert main(["benchmark", *arguments]) == 0
     assert torch.get_num_threads() == threads
     with Image.open(folder / "plot.png") as image:
@@ -143,6 +149,46 @@ def test_decoding_alongside_is_measured_in_turns(report):
     assert result["torch_threads"] == 1
 
 
+def test_compiling_is_measured_in_turns_behind_the_warm_up(report):
+    result = report["compiled"]
+    assert result["part"] == "blocks"
+    assert len(result["eager_s"]) == len(result["compiled_s"]) == 2
+    assert result["ratio"] == statistics.median(result["compiled_s"]) / statistics.median(result["eager_s"])
+    assert result["warm_up_chunks"] == 4  # a window of 3 chunks, and one that evicts
+    assert 0 < result["compile_s"] < result["warm_up_s"]
+    # Text to be computed or ready; the last block also ends at the keys and values of a clean pass.
+    assert result["graphs"] == 3
+    assert result["largest_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("part", ["blocks", "model"])
+def test_what_is_compiled_is_a_copy_on_the_same_weights(part):
+    settings = BenchmarkSettings(layers=1, steps=1, window_frames=6, with_vae=False, repeats=1)
+    pipe = build_pipeline(settings)
+    before = {name: tensor.data_ptr() for name, tensor in pipe.transformer.state_dict().items()}
+    made = []
+
+    def backend(graph, example_inputs):
+        made.append(graph)
+        return graph.forward
+
+    result = compiled.measure_compiled(pipe, settings, part, backend)
+    assert result.graphs == len(made) > 0
+    assert all(module._compiled_call_impl is None for module in pipe.transformer.modules())
+    assert {name: tensor.data_ptr() for name, tensor in pipe.transformer.state_dict().items()} == before
+    start_rollout(pipe, settings).step()
+    assert result.graphs == len(made)
+
+
+def test_without_a_compiler_the_command_says_so(capsys):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert main(["benchmark", "--compile", "model"]) == 2
+    captured = capsys.readouterr()
+    assert "needs a C++ compiler" in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
 def test_the_concatenating_baseline_makes_the_pipelines_latents():
     settings = BenchmarkSettings(layers=2, steps=STEPS, window_frames=6, sink_frames=0, with_vae=False)
     pipe = build_pipeline(settings)
@@ -182,6 +228,8 @@ def test_weights_are_as_in_a_loaded_checkpoint(dtype):
     ("arguments", "message"),
     [
         (["--window-frames", "none", "--roofline"], "need --window-frames"),
+        (["--window-frames", "none", "--compile", "blocks"], "need --window-frames"),
+        (["--compile", "everything"], "argument --compile"),
         (["--window-frames", "4"], "need at least 6"),
         (["--json", "no/such/folder/x.json"], "the folder of no/such/folder/x.json does not exist"),
         (["--decode-alongside", "--no-vae"], "needs --vae and at least 2"),

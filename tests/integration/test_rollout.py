@@ -70,6 +70,13 @@ def test_frames_equal_one_decode_of_all_latents(pipe):
     assert np.array_equal(pipe.decode_latents(latents, "np"), frames)
 
 
+def test_a_negative_prompt_may_be_embeddings(pipe):
+    options = {"prompt": "a red circle", **SIZE, "num_frames": 9, "guidance_scale": 3.0, "output_type": "latent"}
+    embeds = pipe.encode_for_rollout("gray", batch_size=1).embeds
+    expected = pipe(**options, negative_prompt="gray", generator=generator()).frames
+    assert torch.equal(pipe(**options, negative_prompt_embeds=embeds, generator=generator()).frames, expected)
+
+
 def test_interleaved_rollouts_equal_each_alone(pipe):
     options = [
         {"prompt": "a red circle", **SIZE, "num_frames": 25, "window_frames": 6},

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from diffusers import FlowMatchLCMScheduler, UniPCMultistepScheduler
+from diffusers.utils.torch_utils import randn_tensor
 
 from wan_autoregressive import SelfForcingScheduler
+from wan_autoregressive.schedulers.self_forcing_scheduler import draw_noise
 
 
 def test_warped_steps_are_the_original_floats():
@@ -129,3 +131,15 @@ def test_keeps_the_shift_of_a_stock_wan_scheduler():
     stock = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     assert SelfForcingScheduler.from_config(stock.config).config.shift == 3.0
     assert SelfForcingScheduler.from_config(stock.config, shift=7.0).config.shift == 7.0
+
+
+@pytest.mark.parametrize("drawn_from", ["one generator", "one for each", "global state"])
+def test_noise_is_that_of_diffusers(drawn_from):
+    def drawn(function):
+        torch.manual_seed(3)
+        one, two = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+        generator = {"one generator": one, "one for each": [one, two], "global state": None}[drawn_from]
+        return function((2, 3, 4), generator=generator, device=torch.device("cpu"), dtype=torch.float32)
+
+    with torch.random.fork_rng():
+        assert torch.equal(drawn(draw_noise), drawn(randn_tensor))

@@ -96,6 +96,10 @@ def tensors_of(stream):
     return [entry for lane in stream._lanes for entry in lane if isinstance(entry, torch.Tensor)]
 
 
+def addresses_of(cache):
+    return {entry.untyped_storage().data_ptr() for entry in cache if isinstance(entry, torch.Tensor)}
+
+
 # --- equal to diffusers, bit by bit --------------------------------------------------------------------------------
 
 
@@ -215,6 +219,42 @@ def test_fork_goes_its_own_way(kind, mode, done):
     skip = max(0, 1 + 4 * (done - 1)) if done else 0
     assert torch.equal(first, vae.decode(torch.cat([common, left], dim=2)).sample[:, :, skip:])
     assert torch.equal(second, vae.decode(torch.cat([common, right], dim=2)).sample[:, :, skip:])
+
+
+# --- parked between calls ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("wan21", "whole"), ("wan22", "whole"), ("wan21", "tiled sliced")])
+def test_a_parked_state_is_a_copy_of_the_same(kind, mode, monkeypatch):
+    """On one device: equal to the bit, in memory that no call works on, also after a fork, a save and a failure."""
+    vae = make_vae(kind, mode)
+    plain, parked = StreamingVaeDecoder(vae), StreamingVaeDecoder(vae, parking_device="cpu")
+    worked_on, whole = [], vae.decoder.forward  # all held, so that no address is used twice
+
+    def watched(x, feat_cache, **kwargs):
+        worked_on.extend(feat_cache)
+        out = whole(x, feat_cache=feat_cache, **kwargs)
+        worked_on.extend(feat_cache)
+        return out
+
+    for frames in (1, 2, 1):
+        latents = random_latents(vae, frames, seed=frames)
+        expected = plain.decode(latents)
+        with monkeypatch.context() as patch:
+            patch.setattr(vae.decoder, "forward", watched)
+            assert torch.equal(parked.decode(latents), expected)
+        assert addresses_of(worked_on).isdisjoint(addresses_of(tensors_of(parked)))
+        assert all(tensor.device == parked.parking_device for tensor in tensors_of(parked))
+        assert all(map(torch.equal, tensors_of(parked), tensors_of(plain)))
+        assert parked.state_bytes == plain.state_bytes
+    twin, loaded = parked.fork(), StreamingVaeDecoder(vae, parking_device="cpu")
+    assert addresses_of(tensors_of(twin)) == addresses_of(tensors_of(parked))
+    loaded.load_state_dict(parked.state_dict())
+    latents = random_latents(vae, 2, seed=9)
+    with pytest.raises(ValueError, match="width 7"):
+        parked.decode(random_latents(vae, 1, width=7))
+    expected = plain.decode(latents)
+    assert all(torch.equal(stream.decode(latents), expected) for stream in (parked, twin, loaded))
 
 
 @both_kinds
