@@ -27,7 +27,8 @@ from wan_autoregressive.models.streaming_vae import (
 )
 from wan_autoregressive.pipelines.checkpoint_index import STOCK_CLASSES, swap_component_classes
 from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
-from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of, pixel_frames_of
+from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of
+from wan_autoregressive.pipelines.inferred_sizes import given_latent_frames, pixel_frames, pixel_size
 from wan_autoregressive.pipelines.input_checks import check_prompts, check_sizes, check_tensors
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.prompts import (
@@ -44,7 +45,7 @@ from wan_autoregressive.pipelines.rollout_plan import RolloutPlan, plan_rollout
 from wan_autoregressive.pipelines.rollout_state import resume_rollout
 from wan_autoregressive.pipelines.source_video import SourceVideo
 from wan_autoregressive.pipelines.step_callback import StepEndFunction, VideoStepCallback
-from wan_autoregressive.pipelines.video_frames import as_unit_floats, count_video_frames, cut_frames, join_frames
+from wan_autoregressive.pipelines.video_frames import as_unit_floats, cut_frames, join_frames
 from wan_autoregressive.schedulers import SelfForcingScheduler
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
 
@@ -355,12 +356,13 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         schedule = dict(prompt_schedule or {})
         if strength is not None and video is None:
             raise ValueError("strength is for video to video; pass the source as video")
-        given_frames = 0 if strength is not None else self._count_given_frames(image, video, video_latents)
-        height, width = self._pixel_size(height, width, latents, video_latents)
+        source, factor = video if strength is not None else None, self.vae_scale_factor_temporal
+        given_frames = 0 if source is not None else given_latent_frames(image, video, video_latents, factor)
+        height, width = pixel_size(height, width, self.vae_scale_factor_spatial, latents, video_latents)
         config = RolloutConfig(
             height=height,
             width=width,
-            num_frames=self._num_frames(num_frames, latents, given_frames, video if strength is not None else None),
+            num_frames=pixel_frames(num_frames, latents, given_frames, source, factor),
             chunk_frames=chunk_frames,
             first_chunk_frames=first_chunk_frames,
             window_frames=window_frames,
@@ -422,7 +424,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             generator=generator,
             latents=None if latents is None else latents.to(device, torch.float32),
             video_latents=None if video_latents is None else video_latents.to(device, torch.float32),
-            source=None if strength is None else SourceVideo(self, video, height, width, batch_size),
+            source=None if source is None else SourceVideo(self, source, height, width, batch_size),
             attention_kwargs=attention_kwargs,
             on_step_end=on_step_end,
             seconds_before={"text": text_s, "encode": encode_s},
@@ -575,38 +577,6 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {unknown}; allowed are {self._callback_tensor_inputs}"
             )
-
-    def _count_given_frames(self, image: Any, video: Any, video_latents: torch.Tensor | None) -> int:
-        if video_latents is not None:
-            if video_latents.ndim != 5:
-                raise ValueError(
-                    f"video_latents has shape {tuple(video_latents.shape)}; it must be (batch, channels, frames, "
-                    "height, width)"
-                )
-            return video_latents.shape[2]
-        if video is not None:
-            return (count_video_frames(video) - 1) // self.vae_scale_factor_temporal + 1
-        return 0 if image is None else 1
-
-    def _pixel_size(self, height: int | None, width: int | None, *tensors: torch.Tensor | None) -> tuple[int, int]:
-        """From latents if they are given and the sizes are not."""
-        for tensor in tensors:
-            if tensor is not None and tensor.ndim == 5:
-                height = height or tensor.shape[3] * self.vae_scale_factor_spatial
-                width = width or tensor.shape[4] * self.vae_scale_factor_spatial
-        return 480 if height is None else height, 832 if width is None else width
-
-    def _num_frames(
-        self, num_frames: int | None, latents: torch.Tensor | None, given_frames: int, source: Any
-    ) -> int | None:
-        """Pixel frames of the video, from the initial noise or the source if they are given and have an end."""
-        if source is not None and hasattr(source, "__len__"):
-            factor = self.vae_scale_factor_temporal
-            available = (count_video_frames(source) - 1) // factor * factor + 1
-            return available if num_frames is None else min(num_frames, available)
-        if num_frames is None and latents is not None:
-            return pixel_frames_of(given_frames + latents.shape[2], self.vae_scale_factor_temporal)
-        return num_frames
 
     # Loops.
 
