@@ -69,7 +69,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--decode-alongside", action="store_true", help="compare with decoding while the next chunk is denoised")
     add("--compile", choices=COMPILED_PARTS, help="compare with torch.compile over each block or the whole model")
-    add("--sweep", choices=SWEEPS, help="cost of a chunk against window, resolution, chunk size or position mode")
+    add(
+        "--sweep",
+        choices=SWEEPS,
+        help="cost of a chunk against window, resolution, chunk size, position mode or storage of the cache",
+    )
     add("--sweep-values", metavar="LIST", help="comma-separated, such as 6,9,12 or 240x416,480x832")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE", help="write a PNG of the seconds per chunk")

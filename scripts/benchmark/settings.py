@@ -13,7 +13,7 @@ PositionMode = Literal["absolute", "relative", "sink_relative"]
 POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
 CompiledPart = Literal["blocks", "model"]
 COMPILED_PARTS: tuple[str, ...] = get_args(CompiledPart)
-SWEEPS = ("window", "resolution", "chunk", "position")
+SWEEPS = ("window", "resolution", "chunk", "position", "kv-dtype")
 _ABSOLUTE_POSITIONS = 1024  # `rope_max_seq_len` of every Wan checkpoint
 
 

@@ -1,4 +1,4 @@
-"""What a chunk costs against window, resolution, chunk size or position mode."""
+"""What a chunk costs against window, resolution, chunk size, position mode or how the cache is kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from wan_autoregressive.cache.int8_buffer import KVDtype
 from wan_autoregressive.cache.kv_cache import PositionMode
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
@@ -16,6 +17,8 @@ from wan_autoregressive.scripts.benchmark.build import start_rollout
 from wan_autoregressive.scripts.benchmark.clock import interleaved
 from wan_autoregressive.scripts.benchmark.counting import flop_counter
 from wan_autoregressive.scripts.benchmark.settings import POSITION_MODES, BenchmarkSettings
+
+_KV_DTYPES: dict[str, KVDtype | None] = {"model": None, "int8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ def sweep_settings(settings: BenchmarkSettings, kind: str, values: list[str] | N
     """The settings of each value; ValueError for a value that cannot work.
 
     Args:
-        values: Latent frames for `window` and `chunk`, `HEIGHTxWIDTH` for `resolution`, modes for `position`; `None`
-            takes small defaults.
+        values: Latent frames for `window` and `chunk`, `HEIGHTxWIDTH` for `resolution`, modes for `position`,
+            `model` or `int8` for `kv-dtype`; `None` takes small defaults.
     """
     if settings.window_frames is None:
         raise ValueError("a sweep compares steady chunks, which need a window; set --window-frames")
@@ -85,6 +88,8 @@ def _step_seconds(rollout: WanRollout) -> float:
 def _default_values(settings: BenchmarkSettings, kind: str) -> list[str]:
     if kind == "position":
         return list(POSITION_MODES)
+    if kind == "kv-dtype":
+        return list(_KV_DTYPES)
     if kind == "window":
         least = settings.sink_frames + settings.chunk_frames
         return [str(least + extra * settings.chunk_frames) for extra in (0, 1, 2, 4)]
@@ -100,6 +105,10 @@ def _replaced(settings: BenchmarkSettings, kind: str, value: str) -> BenchmarkSe
         if value not in POSITION_MODES:
             raise ValueError(f"the sweep value is {value!r}; position takes {', '.join(POSITION_MODES)}")
         return dataclasses.replace(settings, position_mode=cast(PositionMode, value))
+    if kind == "kv-dtype":
+        if value not in _KV_DTYPES:
+            raise ValueError(f"the sweep value is {value!r}; kv-dtype takes {', '.join(_KV_DTYPES)}")
+        return dataclasses.replace(settings, kv_dtype=_KV_DTYPES[value])
     numbers = [int(word) if word.isdecimal() else 0 for word in value.split("x")]
     if 0 in numbers or len(numbers) != (2 if kind == "resolution" else 1):
         raise ValueError(f"the sweep value is {value!r}; {kind} takes {'HxW' if kind == 'resolution' else 'numbers'}")

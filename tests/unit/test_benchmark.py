@@ -169,6 +169,8 @@ def test_sweep_values_become_settings():
     assert {v: p.pixels for v, p in sweep_settings(settings, "resolution", ["32x48"]).items()} == {"32x48": (32, 48)}
     chunk = sweep_settings(settings, "chunk", ["1", "8"])
     assert [(p.chunk_frames, p.window_frames) for p in chunk.values()] == [(1, 9), (8, 11)]
+    kept = sweep_settings(settings, "kv-dtype", None)
+    assert {value: point.kv_dtype for value, point in kept.items()} == {"model": None, "int8": "int8"}
     modes = sweep_settings(settings, "position", None)
     assert {value: point.position_mode for value, point in modes.items()} == {mode: mode for mode in modes}
     assert list(sweep_settings(settings, "resolution", None)) == ["32x32", "48x48", "64x64", "96x96"]
