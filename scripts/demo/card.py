@@ -76,4 +76,4 @@ def write_card(folder: Path, figures: Mapping[str, object], command: str, notes:
 
 
 def _text(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
