@@ -1,6 +1,7 @@
 """The blocks of a causal Wan transformer: attention through a cache, modulation per group of tokens."""
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
@@ -126,7 +127,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         )  # 6 x (batch, groups, dim)
 
         # 1. Self-attention
-        norm_hidden_states = modulate(self.norm1(hidden_states.float()), scale, shift).type_as(hidden_states)
+        norm = norm_and_modulate if kv_cache is not None else norm_then_modulate
+        norm_hidden_states = norm(self.norm1, hidden_states, scale, shift)
         attn_output = self.attn1(
             norm_hidden_states,
             None,
@@ -145,8 +147,25 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, None, None, text=text)
 
         # 3. Feed-forward
-        norm_hidden_states = modulate(self.norm3(hidden_states.float()), ff_scale, ff_shift).type_as(hidden_states)
+        norm_hidden_states = norm(self.norm3, hidden_states, ff_scale, ff_shift)
         return add_gated(hidden_states, self.ffn(norm_hidden_states), ff_gate)
+
+
+def norm_then_modulate(
+    norm: torch.nn.LayerNorm, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """As upstream, to the bit."""
+    return modulate(norm(hidden_states.float()), scale, shift).type_as(hidden_states)
+
+
+def norm_and_modulate(
+    norm: torch.nn.LayerNorm, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """In a single pass over memory where one modulation holds for all tokens; the last bit is rounded differently."""
+    if scale.shape[:2] != (1, 1) or norm.elementwise_affine:
+        return norm_then_modulate(norm, hidden_states, scale, shift)
+    weight, bias = 1 + scale[0, 0], shift[0, 0]
+    return F.layer_norm(hidden_states.float(), norm.normalized_shape, weight, bias, norm.eps).type_as(hidden_states)
 
 
 def modulate(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
