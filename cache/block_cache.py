@@ -140,7 +140,7 @@ class WanKVBlockCache:
         """Rotate all keys but the sink's. In int8 each call rounds them once more."""
         if self._key is not None:
             span = self.window.sink_size, self.window.state.length
-            self._key.write((span,), apply_rotary_emb(self._key.read(*span), *rotation))
+            self._key.write(span, apply_rotary_emb(self._key.read(*span), *rotation))
 
     def move_sink(self, rotation: RotaryEmbedding) -> None:
         """Rotate the sink's keys, starting from how they were written; in int8 rounded twice however often."""
@@ -149,7 +149,7 @@ class WanKVBlockCache:
         span = 0, self.window.sink_size
         if self._written_sink_key is None:
             self._written_sink_key = self._key.copy(self.window.sink_size)
-        self._key.write((span,), apply_rotary_emb(self._written_sink_key.read(*span), *rotation))
+        self._key.write(span, apply_rotary_emb(self._written_sink_key.read(*span), *rotation))
 
     def forget_sink(self) -> None:
         """The sink is about to be replaced."""

@@ -58,10 +58,10 @@ class TokenBuffer:
         """What attention sees when `newest` has just been put into `slots`: the buffer itself."""
         return self.parts[0]
 
-    def write(self, spans: tuple[Span, ...], tokens: torch.Tensor) -> None:
-        """Put tokens `(batch, tokens, heads, head_dim)` into slots, in their order."""
+    def write(self, span: Span, tokens: torch.Tensor) -> None:
+        """Put tokens `(batch, tokens, heads, head_dim)` into consecutive slots."""
         for part, encoded in zip(self.parts, self.encode(tokens), strict=True):
-            fill(part, spans, encoded)
+            part[:, span[0] : span[1]] = encoded
 
     def gather(self, source: tuple[Span, ...], target: Span) -> None:
         """Move the content of some slots to others, as it is kept."""
@@ -82,21 +82,13 @@ class TokenBuffer:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.parts)
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def layout(self) -> Layout:
         """Of the tokens, whatever they are kept as."""
         batch, _, heads, head_dim = self.parts[0].shape
         return batch, heads, head_dim, self.parts[-1].dtype, self.parts[-1].device
-
-
-def fill(buffer: torch.Tensor, spans: tuple[Span, ...], content: torch.Tensor) -> None:
-    """Put `content` into slots of a tensor, both `(batch, slots, …)`."""
-    done = 0
-    for start, stop in spans:
-        buffer[:, start:stop] = content[:, done : done + stop - start]
-        done += stop - start
 
 
 def _grown(part: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The blocks of a causal Wan transformer: attention through a cache, modulation per group of tokens."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -53,19 +55,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             key, value = kv_cache.write(key, value)  # (batch, cached tokens, heads, head_dim)
         if key_rotary_emb is not None:
             key = apply_rotary_emb(key, *key_rotary_emb)
-
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        hidden_states = hidden_states.flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](hidden_states))
+        return _attend(self, attn, query, key, value, attention_mask, self._parallel_config)
 
 
 class CausalWanCrossAttnProcessor(WanAttnProcessor):
@@ -84,25 +74,38 @@ class CausalWanCrossAttnProcessor(WanAttnProcessor):
         if text is None or attn.add_k_proj is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        if text.value is None:
+        if text.key is None or text.value is None:
             if attn.fused_projections:
                 key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
             else:
                 key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             text.key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
             text.value = value.unflatten(2, (attn.heads, -1))
-        hidden_states = dispatch_attention_fn(
-            query,
-            text.key,
-            text.value,
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=None,
-        )
-        hidden_states = hidden_states.flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](hidden_states))
+        return _attend(self, attn, query, text.key, text.value, attention_mask)
+
+
+def _attend(
+    processor: WanAttnProcessor,
+    attn: WanAttention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """Attention with the processor's backend, heads joined and projected: `(batch, tokens, dim)`."""
+    hidden_states = dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=0.0,
+        is_causal=False,
+        backend=processor._attention_backend,
+        parallel_config=parallel_config,
+    )
+    hidden_states = hidden_states.flatten(2, 3).type_as(query)
+    return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
 class CausalWanTransformerBlock(WanTransformerBlock):

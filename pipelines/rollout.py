@@ -48,7 +48,8 @@ class ChunkDraft:
     block: FrameBlock = dataclasses.field(init=False)
     latents: torch.Tensor = dataclasses.field(init=False)
     prompt_text: list[str] | None = dataclasses.field(init=False)
-    steps_finite: list[torch.Tensor] = dataclasses.field(init=False)
+    steps_finite: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    """For each denoising step whether its latents are finite, as the device says once it gets there."""
 
 
 class WanRollout:
@@ -74,7 +75,6 @@ class WanRollout:
     _newest_block_frames: int
     _clean_pass_due: bool
     _failed: bool
-    _steps_finite: list[torch.Tensor]
 
     def __init__(
         self,
@@ -304,7 +304,6 @@ class WanRollout:
     def make_latents(self, draft: ChunkDraft) -> None:
         """Denoise the next chunk (or write a given one). Leaves alone what `decode_chunk` uses."""
         block, timings = self.grid.block(self.chunks_done, self.frames_done), draft.timings
-        self._steps_finite = []
         self.conditions.notice_adapters(self.pipe.transformer)
         source_latents = None
         if self.source is not None:
@@ -322,12 +321,11 @@ class WanRollout:
                 latents = self._write_given(block)
         else:
             with timings.stage("denoise"):
-                latents = self._denoise(block, source_latents)
+                latents = self._denoise(block, draft.steps_finite, source_latents)
         self._clean_pass_due = self.config.clean_pass and not block.given
         self.history.append(latents)
         self.chunks_done, self.frames_done = block.index + 1, block.stop
         draft.block, draft.latents, draft.prompt_text = block, latents, self.prompt.text
-        draft.steps_finite = self._steps_finite
 
     @torch.no_grad()
     def decode_chunk(self, draft: ChunkDraft) -> WanVideoChunk:
@@ -393,7 +391,9 @@ class WanRollout:
         self._newest_block_frames = block.num_frames
         return latents
 
-    def _denoise(self, block: FrameBlock, source_latents: torch.Tensor | None = None) -> torch.Tensor:
+    def _denoise(
+        self, block: FrameBlock, steps_finite: list[torch.Tensor], source_latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The few-step denoise of a chunk: `(batch, channels, frames, height, width)` clean latents."""
         latents = self._noise(block)
         scheduler = self.first_scheduler if block.start == self.grid.given_frames else self.scheduler
@@ -407,7 +407,7 @@ class WanRollout:
             if self._on_step_end is not None:
                 latents = self._on_step_end(self, block, self.steps_done, timestep, latents)
             self.steps_done += 1
-            self._steps_finite.append(latents.isfinite().all())
+            steps_finite.append(latents.isfinite().all())
             if self.on_progress is not None:
                 self.on_progress()
             if self.interrupted:

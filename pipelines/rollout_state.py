@@ -51,7 +51,7 @@ PACKED = (
 SAVED_APART = ("config", "scheduler", "generator", "cache", "negative_cache", "history", "vae_decoder")
 MADE_ANEW = (
     *("pipe", "batch_size", "device", "grid", "latent_height", "latent_width", "tokens_per_frame", "first_scheduler"),
-    *("_lock", "_failed", "_steps_finite", "on_progress", "_on_step_end", "source"),
+    *("_lock", "_failed", "on_progress", "_on_step_end", "source"),
     "conditions",
 )
 

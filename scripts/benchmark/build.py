@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import nn
 
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
@@ -60,7 +62,7 @@ def build_pipeline(settings: BenchmarkSettings) -> WanAutoregressivePipeline:
         vae = AutoencoderKLWan(**_VAES[settings.geometry.vae]) if settings.with_vae else None
     for model in (transformer, vae):
         if model is not None:
-            _cast(model.eval().requires_grad_(False), dtype)
+            cast_weights(model.eval().requires_grad_(False), dtype, model._keep_in_fp32_modules)
     if vae is not None and settings.vae_tiling:
         vae.enable_tiling()
     pipe = WanAutoregressivePipeline(None, None, transformer, vae, SelfForcingScheduler())
@@ -116,8 +118,13 @@ def rollout_settings(pipe: WanAutoregressivePipeline, settings: BenchmarkSetting
     }
 
 
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    keep = set(model._keep_in_fp32_modules or ())
+def cast_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[str] | None = None) -> None:
+    """Cast all parameters in place but those of the modules named in `keep`."""
     for name, parameter in model.named_parameters():
-        if not keep.intersection(name.split(".")):
+        if not set(keep or ()).intersection(name.split(".")):
             parameter.data = parameter.data.to(dtype)
+
+
+def weights_bytes(*models: nn.Module | None) -> int:
+    """Bytes of the parameters of all models that are there."""
+    return sum(parameter.nbytes for model in models if model is not None for parameter in model.parameters())

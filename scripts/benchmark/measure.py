@@ -12,7 +12,7 @@ import torch
 
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.frame_grid import pixel_frames_of
-from wan_autoregressive.scripts.benchmark.build import prompt_embeds, start_rollout
+from wan_autoregressive.scripts.benchmark.build import prompt_embeds, start_rollout, weights_bytes
 from wan_autoregressive.scripts.benchmark.clock import timed
 from wan_autoregressive.scripts.benchmark.counting import STAGES, StageCounts, count_step
 from wan_autoregressive.scripts.benchmark.fit import LineFit, fit_line
@@ -121,14 +121,13 @@ def measure_rollout(pipe: WanAutoregressivePipeline, settings: BenchmarkSettings
         if probe is not None:
             chunks[-1].probe_s = probe()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    models = [model for model in (pipe.transformer, pipe.vae) if model is not None]
     measure = RolloutMeasure(
         first_frame_latency_s=latency,
         chunks=chunks,
         chunks_to_fill=settings.chunks if settings.window_frames is None else settings.chunks_to_fill,
         kv_cache_bytes=rollout.cache.allocated_bytes,
         vae_state_bytes=0 if rollout.vae_decoder is None else rollout.vae_decoder.state_bytes,
-        weights_bytes=sum(p.numel() * p.element_size() for model in models for p in model.parameters()),
+        weights_bytes=weights_bytes(pipe.transformer, pipe.vae),
         device_peak_bytes=peak,
     )
     _pick_steady(measure, settings)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -20,7 +19,13 @@ from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder
 from wan_autoregressive.pipelines import RolloutConfig, WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout_plan import plan_rollout
-from wan_autoregressive.scripts.benchmark.build import build_pipeline, prompt_embeds, rollout_settings
+from wan_autoregressive.scripts.benchmark.build import (
+    build_pipeline,
+    cast_weights,
+    prompt_embeds,
+    rollout_settings,
+    weights_bytes,
+)
 from wan_autoregressive.scripts.benchmark.costs import flops_per_chunk
 from wan_autoregressive.scripts.benchmark.counting import AllocationMode, StageCounts, flop_counter
 from wan_autoregressive.scripts.benchmark.report import describe_dtype, describe_rollout, table
@@ -105,8 +110,8 @@ def plan_memory(settings: BenchmarkSettings) -> MemoryPlan:
     decode = _count_decode(pipe, settings) if pipe.vae is not None else StageCounts()
     return MemoryPlan(
         settings=settings,
-        transformer_bytes=_weights_bytes(pipe.transformer),
-        vae_bytes=0 if pipe.vae is None else _weights_bytes(pipe.vae),
+        transformer_bytes=weights_bytes(pipe.transformer),
+        vae_bytes=weights_bytes(pipe.vae),
         text_encoder_bytes=_text_encoder_bytes(settings),
         kv_cache_bytes=plan.kv_cache_bytes or 0,
         text_kv_bytes=plan.text_kv_bytes,
@@ -150,10 +155,6 @@ def _latents(settings: BenchmarkSettings) -> torch.Tensor:
     return torch.empty(1, settings.geometry.channels, settings.chunk_frames, *size, device=settings.device)
 
 
-def _weights_bytes(model: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
 def _text_encoder_bytes(settings: BenchmarkSettings) -> int:
     """As transformers loads it, which keeps `wo` in float32 where the rest is float16."""
     if settings.geometry.text_dim != _UMT5_XXL["d_model"]:
@@ -161,10 +162,8 @@ def _text_encoder_bytes(settings: BenchmarkSettings) -> int:
     with torch.device("meta"):
         encoder = UMT5EncoderModel(UMT5Config(**_UMT5_XXL, feed_forward_proj="gated-gelu"))
     kept = encoder._keep_in_fp32_modules if settings.dtype == "float16" else ()
-    for name, parameter in encoder.named_parameters():
-        if not set(kept).intersection(name.split(".")):
-            parameter.data = parameter.data.to(getattr(torch, settings.dtype))
-    return _weights_bytes(encoder)
+    cast_weights(encoder, getattr(torch, settings.dtype), kept)
+    return weights_bytes(encoder)
 
 
 def _forward_peak(settings: BenchmarkSettings, config: RolloutConfig, chunk_index: int) -> int:
