@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from wan_autoregressive.cache.any_length import allow_any_length
+from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.int8_buffer import Int8Buffer, KVDtype
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
@@ -32,6 +33,9 @@ class WanKVBlockCache:
     sees no bookkeeping and a forward that failed leaves the state as it was.
 
     It has no `.to`: accelerate's hooks would call it and move the past.
+
+    Args:
+        slots ([`FixedMemory`], *optional*): For the numbers of a chunk's slots, shared by blocks that are written alike.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class WanKVBlockCache:
         max_tokens: int | None = None,
         sink_update: SinkUpdate | None = None,
         kv_dtype: KVDtype | None = None,
+        slots: FixedMemory | None = None,
     ) -> None:
         self.window = TokenWindow(window_size, sink_size)
         self._sink_update = sink_update
         self._initial_capacity = window_size if window_size != -1 else max_tokens
         self._plan: WritePlan | None = None
         self._open: _OpenWindow | None = None
+        self._slots = FixedMemory() if slots is None else slots
         self._buffer_type: type[TokenBuffer] = Int8Buffer if kv_dtype == "int8" else TokenBuffer
         self._key: TokenBuffer | None = None
         self._value: TokenBuffer | None = None
@@ -86,9 +92,7 @@ class WanKVBlockCache:
             for buffer in (self._key, self._value):
                 self._sink_update.absorb(buffer.parts[0], self.window.sink_size, plan.evicted)
         if slots is None or slots.device != self._key.layout[-1]:
-            ranges = [torch.arange(*span, device=self._key.layout[-1]) for span in plan.spans]
-            slots = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
-            allow_any_length(slots, dim=0)
+            slots = self._planned_slots(plan.spans, self._key.layout[-1])
         self._open = _OpenWindow(self._key.window(length), self._value.window(length), slots)
         return slots
 
@@ -213,6 +217,16 @@ class WanKVBlockCache:
     @property
     def _is_empty(self) -> bool:
         return self.window.state.length == 0
+
+    def _planned_slots(self, spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
+        num_tokens = self.planned_tokens
+        slots = self._slots.empty((num_tokens, device), (num_tokens,), torch.int64, device)
+        filled = 0
+        for start, stop in spans:
+            torch.arange(start, stop, out=slots[filled : filled + stop - start])
+            filled += stop - start
+        allow_any_length(slots, dim=0)
+        return slots
 
     def _needed_plan(self) -> WritePlan:
         if self._plan is None:

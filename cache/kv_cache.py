@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
+from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.int8_buffer import KVDtype
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
@@ -102,8 +103,11 @@ class WanKVCache:
                 f"a sink_update changes the sink by less than the rounding of kv_dtype {kv_dtype!r}; leave out one of "
                 "them"
             )
+        self.slots = FixedMemory()
+        """The numbers of the newest chunk's slots, for each size of a chunk."""
         self.block_caches = [
-            WanKVBlockCache(window_size, sink_size, max_tokens, sink_update, kv_dtype) for _ in range(num_blocks)
+            WanKVBlockCache(window_size, sink_size, max_tokens, sink_update, kv_dtype, self.slots)
+            for _ in range(num_blocks)
         ]
         self.position_mode = position_mode
         self.sliding_positions = SlidingPositions()

@@ -71,16 +71,15 @@ class CausalWanCrossAttnProcessor(WanAttnProcessor):
         text: BlockTextConditions | None = None,
     ) -> torch.Tensor:
         """`encoder_hidden_states` `(batch, text_tokens, dim)` may be `None` once `text` is filled."""
-        if text is None or attn.add_k_proj is not None:
+        if text is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        if text.key is None or text.value is None:
+        if not text.is_filled:
             if attn.fused_projections:
                 key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
             else:
                 key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-            text.key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-            text.value = value.unflatten(2, (attn.heads, -1))
+            text.fill(attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
         return _attend(self, attn, query, text.key, text.value, attention_mask)
 
 

@@ -5,7 +5,7 @@ Without a cache the output is bitwise equal to upstream's (`tests/integration/te
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             text.projected = embedded_text = embedded_text if needs_text else text.projected
 
         # 3. Blocks, each with its own part of the cache
-        if text is not None and text.blocks[0].value is None:  # a re-cache computes it with more tokens than a chunk
+        if text is not None and not text.blocks[0].is_filled:  # a re-cache computes it with more tokens than a chunk
             allow_any_length(hidden_states)
         block_texts = [None] * len(self.blocks) if text is None else text.blocks
         for block, block_cache, block_text in zip(self.blocks, plan.block_caches, block_texts, strict=True):
@@ -180,33 +180,34 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if keys_values_only and kv_cache is None:
             raise ValueError("keys_values_only without a kv_cache leaves nothing to compute")
         frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
+        heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
+        like = hidden_states.new_empty(hidden_states.shape[0], 0, heads, head_dim)
         block_caches: Sequence[WanKVBlockCache | None] = [None] * len(self.blocks)
         start, key_positions = frame_offset, None
         if kv_cache is not None:
             self._check_kv_cache(kv_cache)
-            heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
-            like = hidden_states.new_empty(hidden_states.shape[0], 0, heads, head_dim)
             block_caches = kv_cache.begin_forward(frames * height * width, like)
             start, key_positions = self._positions(kv_cache, frame_offset, frames, height * width)
 
-        def tables(of: str, positions: Sequence[tuple[int, int]]) -> RotaryEmbedding:
+        def tables(name: Hashable, positions: Sequence[tuple[int, int]]) -> RotaryEmbedding:
             def make() -> RotaryEmbedding:
                 cos, sin = self.rope.at(positions, height, width)
                 cos, sin = cos.to(hidden_states.device), sin.to(hidden_states.device)
                 allow_any_length(cos, sin)
                 return cos, sin
 
-            key = (of, tuple(positions), height, width, hidden_states.device)
-            return make() if memory is None else memory.rotary(key, make)
+            geometry = tuple(positions), height, width, hidden_states.device
+            return make() if memory is None else memory.rotary(name, geometry, make)
 
-        rotary_emb = tables("chunk", [(start, start + frames)])
+        rotary_emb = tables(("chunk", frames), [(start, start + frames)])
         plan = ForwardPlan(block_caches, rotary_emb, keys_values_only=keys_values_only)
         if key_positions is not None:
             plan.key_rotary_emb = tables("cached", key_positions)
         if memory is not None and timestep is not None:
             plan.time = memory.time(timestep)
-        if memory is not None and encoder_hidden_states is not None:
-            plan.text = memory.text(encoder_hidden_states, len(self.blocks))
+        has_image_keys = self.config.added_kv_proj_dim is not None
+        if memory is not None and encoder_hidden_states is not None and not has_image_keys:
+            plan.text = memory.text(encoder_hidden_states, len(self.blocks), like)
         return plan
 
     def _positions(

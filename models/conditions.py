@@ -6,58 +6,74 @@ offload hooks have them in place.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from wan_autoregressive.cache.any_length import allow_any_length
+from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 
 
+@dataclass
 class TimeConditions:
     """Embedding and modulation of one timestep, `None` until a forward has filled them."""
 
-    def __init__(self) -> None:
-        self.temb: torch.Tensor | None = None
-        """`(batch, groups, dim)`"""
-        self.modulation: torch.Tensor | None = None
-        """`(batch, groups, 6, dim)`, before a block adds its own table."""
+    temb: torch.Tensor | None = None
+    """`(batch, groups, dim)`"""
+    modulation: torch.Tensor | None = None
+    """`(batch, groups, 6, dim)`, before a block adds its own table."""
 
 
 class BlockTextConditions:
-    """Keys and values of one prompt in one block's cross-attention, `None` until a forward has filled them.
+    """Keys and values of one prompt in one block's cross-attention, once a forward has filled them.
 
     It has no `.to`: accelerate's hooks would call it and work on a copy.
+
+    Args:
+        key, value (`torch.Tensor` of shape `(batch, text_tokens, heads, head_dim)`): Memory for them.
     """
 
-    def __init__(self) -> None:
-        self.key: torch.Tensor | None = None
-        """`(batch, text_tokens, heads, head_dim)`, normalised."""
-        self.value: torch.Tensor | None = None
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.key = key
+        """Normalised."""
+        self.value = value
+        self.is_filled = False
+
+    def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Take over keys and values, in place unless autocast or a model on several devices makes them others."""
+        if (key.dtype, key.device) == (self.key.dtype, self.key.device):
+            self.key.copy_(key)
+            self.value.copy_(value)
+        else:
+            self.key, self.value = key, value
+        self.is_filled = True
 
 
+@dataclass
 class TextConditions:
     """One prompt's keys and values in all blocks."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.blocks = [BlockTextConditions() for _ in range(num_blocks)]
-        self.projected: torch.Tensor | None = None
-        """`(batch, text_tokens, dim)`, as long as a block may need it."""
+    embeds: torch.Tensor
+    """What they are of; held, so that its id stays taken."""
+    place: int
+    """Which prompt's memory they are in."""
+    blocks: list[BlockTextConditions]
+    projected: torch.Tensor | None = None
+    """`(batch, text_tokens, dim)`, as long as a block may need it."""
 
     @property
     def is_complete(self) -> bool:
         """Whether no block needs the prompt any more. A forward that ends early leaves the last block without."""
-        return self.blocks[-1].value is not None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values that are filled."""
-        tensors = (tensor for block in self.blocks for tensor in (block.key, block.value))
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return self.blocks[-1].is_filled
 
 
 class ConditionMemory:
     """Conditions of one video that forwards have computed, by what they were computed from.
+
+    What a forward reads is in the same memory from one forward to the next, whatever was computed anew in between.
 
     Args:
         num_prompts (`int`, defaults to 1): Prompts in use at the same time: 2 with guidance. Older ones are dropped.
@@ -66,18 +82,25 @@ class ConditionMemory:
     def __init__(self, num_prompts: int = 1) -> None:
         self._num_prompts = num_prompts
         self._adapters: tuple[Any, ...] = ()
+        self._fixed, self._text_kv = FixedMemory(), FixedMemory()
         self.forget()
 
     def forget(self) -> None:
         """Drop everything. Needed after a change of weights in place; a change of LoRA adapters is noticed."""
         self._times: dict[float, TimeConditions] = {}
-        self._texts: OrderedDict[Hashable, tuple[torch.Tensor, TextConditions]] = OrderedDict()
-        self._rotary: OrderedDict[Hashable, RotaryEmbedding] = OrderedDict()
+        self._texts: OrderedDict[Hashable, TextConditions] = OrderedDict()
+        self._rotary: dict[Hashable, tuple[Hashable, RotaryEmbedding]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all but the prompts' keys and values: time conditions and rotary tables."""
+        known = [tensor for time in self._times.values() for tensor in (time.temb, time.modulation)]
+        return self._fixed.nbytes + sum(tensor.nbytes for tensor in known if tensor is not None)
 
     @property
     def text_kv_bytes(self) -> int:
-        """Bytes of the prompts' keys and values."""
-        return sum(text.nbytes for _, text in self._texts.values())
+        """Bytes of the memory for the prompts' keys and values."""
+        return self._text_kv.nbytes
 
     def notice_adapters(self, model: nn.Module) -> None:
         """Drop everything if other LoRA adapters are active than the last time, or the same with other weights."""
@@ -88,27 +111,39 @@ class ConditionMemory:
 
     def time(self, timestep: float) -> TimeConditions:
         """Of a timestep that holds for a whole chunk."""
-        return self._times.setdefault(timestep, TimeConditions())
+        known = self._times.setdefault(timestep, TimeConditions())
+        if known.temb is None or known.modulation is None:
+            return known
+        return TimeConditions(self._fixed.hold("temb", known.temb), self._fixed.hold("modulation", known.modulation))
 
-    def text(self, embeds: torch.Tensor, num_blocks: int) -> TextConditions:
-        """Of the embeddings in this very tensor, as long as nothing is written to it."""
-        version = 0 if embeds.is_inference() else embeds._version
-        made = lambda: (embeds, TextConditions(num_blocks))  # noqa: E731 - held, so that its id stays taken
-        return _recent(self._texts, (id(embeds), version), self._num_prompts, made)[1]
+    def text(self, embeds: torch.Tensor, num_blocks: int, like: torch.Tensor) -> TextConditions:
+        """Of the embeddings `(batch, text_tokens, text_dim)` in this very tensor, as long as nothing is written to it.
 
-    def rotary(self, key: Hashable, make: Callable[[], RotaryEmbedding]) -> RotaryEmbedding:
-        """Tables of one of the two newest geometries: that of the chunk and that of the cached keys."""
-        return _recent(self._rotary, key, 2, make)
+        Args:
+            like: Of any length, `(batch, tokens, heads, head_dim)`, as keys will be.
+        """
+        key = id(embeds), 0 if embeds.is_inference() else embeds._version
+        if key not in self._texts:
+            place = len(self._texts)
+            if place == self._num_prompts:
+                place = self._texts.popitem(last=False)[1].place  # the least recently used one makes room
+            shape = embeds.shape[0], embeds.shape[1], *like.shape[2:]
+            blocks = []
+            for index in range(num_blocks):
+                memory = [self._text_kv.empty((place, index, of), shape, like.dtype, like.device) for of in ("k", "v")]
+                blocks.append(BlockTextConditions(*memory))
+            self._texts[key] = TextConditions(embeds, place, blocks)
+        self._texts.move_to_end(key)
+        return self._texts[key]
 
-
-def _recent(entries: OrderedDict[Hashable, Any], key: Hashable, size: int, make: Callable[[], Any]) -> Any:
-    """The entry of `key`, made if it is missing; the least recently used one makes room."""
-    if key not in entries:
-        entries[key] = make()
-    entries.move_to_end(key)
-    if len(entries) > size:
-        entries.popitem(last=False)
-    return entries[key]
+    def rotary(self, name: Hashable, geometry: Hashable, make: Callable[[], RotaryEmbedding]) -> RotaryEmbedding:
+        """Tables by name, made anew where they are not those of `geometry`."""
+        if name not in self._rotary or self._rotary[name][0] != geometry:
+            cos, sin = make()
+            tables = self._fixed.hold((name, "cos"), cos), self._fixed.hold((name, "sin"), sin)
+            allow_any_length(*tables)
+            self._rotary[name] = geometry, tables
+        return self._rotary[name][1]
 
 
 def _active_adapters(model: nn.Module) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from wan_autoregressive.cache import WanKVCache
+from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents
 from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside, chunks_decoded_alongside
@@ -118,6 +119,7 @@ class WanRollout:
         self.cache = self._new_cache()
         self.negative_cache = self._new_cache() if config.do_classifier_free_guidance else None
         self.conditions = ConditionMemory(num_prompts=len(self.branches()))
+        self._inputs = FixedMemory()
         self.history = LatentHistory(config.window_frames)
         self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
         self._lock = threading.Lock()
@@ -254,6 +256,12 @@ class WanRollout:
             for scheduler in (self.first_scheduler, self.scheduler)
         )
         return first + (self.num_generated_chunks - 1) * later
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of what forwards read beside weights, keys and values: latents, time, rotary tables, slot numbers."""
+        slots = sum(cache.slots.nbytes for cache, _ in self.branches())
+        return self._inputs.nbytes + self.conditions.nbytes + slots
 
     # One chunk.
 
@@ -459,13 +467,15 @@ class WanRollout:
         keys_values_only: bool = False,
     ) -> torch.Tensor | None:
         transformer = self.pipe.transformer
-        latents, frame_offset = latents.to(transformer.dtype), start + self._position_shift
+        latents = self._inputs.hold(("latents", latents.shape[2]), latents, transformer.dtype)
+        timesteps = self._inputs.empty("timesteps", (self.batch_size, 1), torch.float32, self.device).fill_(timestep)
+        frame_offset = start + self._position_shift
         plan = transformer.plan_forward(
             latents, cache, frame_offset, keys_values_only, self.conditions, timestep, embeds
         )
         flow = transformer(
             hidden_states=latents,
-            timestep=torch.full((self.batch_size, 1), timestep, device=self.device, dtype=torch.float32),
+            timestep=timesteps,
             encoder_hidden_states=embeds,
             frame_offset=frame_offset,
             attention_kwargs={**self._attention_kwargs, "kv_cache": cache, "plan": plan},

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wan_autoregressive._version import __version__
+from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.cache_state import cache_state, load_cache_state
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.pipelines.model_identity import check_same_model, model_identity
@@ -52,7 +53,7 @@ SAVED_APART = ("config", "scheduler", "generator", "cache", "negative_cache", "h
 MADE_ANEW = (
     *("pipe", "batch_size", "device", "grid", "latent_height", "latent_width", "tokens_per_frame", "first_scheduler"),
     *("_lock", "_failed", "on_progress", "_on_step_end", "source"),
-    "conditions",
+    *("conditions", "_inputs"),
 )
 
 
@@ -129,6 +130,7 @@ def fork_rollout(rollout: "WanRollout") -> "WanRollout":
         for name in PACKED:
             setattr(twin, name, copy.copy(value) if isinstance(value := getattr(rollout, name), dict) else value)
         twin.conditions = ConditionMemory(num_prompts=len(rollout.branches()))
+        twin._inputs = FixedMemory()
         twin.vae_decoder = None if rollout.vae_decoder is None else rollout.vae_decoder.fork()
         twin._lock = threading.Lock()
         twin.on_progress = None

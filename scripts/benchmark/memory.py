@@ -15,15 +15,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder
 from wan_autoregressive.pipelines import RolloutConfig, WanAutoregressivePipeline
+from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.pipelines.rollout_plan import plan_rollout
 from wan_autoregressive.scripts.benchmark.build import (
     build_pipeline,
     cast_weights,
-    prompt_embeds,
     rollout_settings,
+    start_rollout,
     weights_bytes,
 )
 from wan_autoregressive.scripts.benchmark.costs import flops_per_chunk
@@ -47,7 +47,10 @@ class MemoryPlan:
     kv_cache_bytes: int
     text_kv_bytes: int
     vae_state_bytes: int
-    chunk_latents_bytes: int
+    latents_bytes: int
+    """Of the window, which a re-cache starts from, and of the chunk in the making."""
+    input_bytes: int
+    """What forwards read beside weights, keys and values: rotary tables above all."""
     forward_peak_bytes: int
     """Most that one forward of the transformer has at once beside all of the above."""
     decode_peak_bytes: int
@@ -58,7 +61,8 @@ class MemoryPlan:
     @property
     def held_bytes(self) -> int:
         """What lives as long as the video."""
-        return self.kv_cache_bytes + self.text_kv_bytes + self.vae_state_bytes + self.chunk_latents_bytes
+        keys_values = self.kv_cache_bytes + self.text_kv_bytes
+        return keys_values + self.vae_state_bytes + self.latents_bytes + self.input_bytes
 
     @property
     def most_bytes(self) -> dict[str, int]:
@@ -108,6 +112,7 @@ def plan_memory(settings: BenchmarkSettings) -> MemoryPlan:
         settings.geometry.text_tokens,
     )
     decode = _count_decode(pipe, settings) if pipe.vae is not None else StageCounts()
+    rollout, forward = _count_forward(settings, steady_chunk)
     return MemoryPlan(
         settings=settings,
         transformer_bytes=weights_bytes(pipe.transformer),
@@ -116,8 +121,9 @@ def plan_memory(settings: BenchmarkSettings) -> MemoryPlan:
         kv_cache_bytes=plan.kv_cache_bytes or 0,
         text_kv_bytes=plan.text_kv_bytes,
         vae_state_bytes=plan.vae_state_bytes or 0,
-        chunk_latents_bytes=_latents(settings).nbytes,
-        forward_peak_bytes=_forward_peak(settings, config, steady_chunk),
+        latents_bytes=rollout.history.nbytes + _latents(settings).nbytes,
+        input_bytes=rollout.input_bytes,
+        forward_peak_bytes=forward.peak_bytes,
         decode_peak_bytes=decode.peak_bytes,
         flops=flops | {"decode": decode.flops},
     )
@@ -134,7 +140,8 @@ def as_text(plan: MemoryPlan) -> str:
         f"held: K/V of {frames} latent frames": plan.kv_cache_bytes,
         "held: K/V of the text": plan.text_kv_bytes,
         "held: VAE decoder state": plan.vae_state_bytes,
-        "held: latents of a chunk": plan.chunk_latents_bytes,
+        "held: latents": plan.latents_bytes,
+        "held: inputs of a forward": plan.input_bytes,
         "for a while: one forward": plan.forward_peak_bytes,
         "for a while: decoding a chunk": plan.decode_peak_bytes,
         "most at once: all models": most["all_models"],
@@ -166,30 +173,29 @@ def _text_encoder_bytes(settings: BenchmarkSettings) -> int:
     return weights_bytes(encoder)
 
 
-def _forward_peak(settings: BenchmarkSettings, config: RolloutConfig, chunk_index: int) -> int:
-    """Of the first forward of a chunk. Two layers have the peak of all: a layer leaves nothing but what is held."""
+def _count_forward(settings: BenchmarkSettings, chunk_index: int) -> tuple[WanRollout, StageCounts]:
+    """Of the first forward of a chunk, with the rollout that is then at that chunk.
+
+    Two layers have the peak of all: a layer leaves nothing but what is held.
+    """
     settings = dataclasses.replace(settings, layers=min(settings.num_layers, 2), with_vae=False)
-    pipe = build_pipeline(settings)
-    transformer = pipe.transformer
-    cache = pipe.new_kv_cache(config, pipe.frame_grid(config).total_frames)
-    memory, embeds = ConditionMemory(), prompt_embeds(settings)
+    rollout, latents = start_rollout(build_pipeline(settings), settings), _latents(settings)
 
-    def forward(latents: torch.Tensor, index: int) -> None:
-        latents, start = latents.to(transformer.dtype), index * settings.chunk_frames
-        plan = transformer.plan_forward(
-            latents, cache, start, memory=memory, timestep=0.0, encoder_hidden_states=embeds
-        )
-        timestep = torch.zeros(1, 1, device=settings.device)
-        transformer(latents, timestep, embeds, attention_kwargs={"kv_cache": cache, "plan": plan})
-        cache.end_forward()
+    def forward(timestep: float, index: int) -> None:
+        rollout.flow(latents, timestep, index * settings.chunk_frames, rollout.cache, rollout.prompt.embeds)
 
-    latents = _latents(settings)
+    timesteps = [*rollout.scheduler.timesteps.tolist(), rollout.config.context_noise]
     with _FusedAttention():
         for index in range(chunk_index):
-            forward(latents, index)
+            rollout.cache.enable_append_mode()
+            for timestep in timesteps:
+                forward(timestep, index)
+                rollout.cache.enable_overwrite_mode()
+            rollout.history.append(latents)
+    rollout.cache.enable_append_mode()
     with _counting() as counts:
-        forward(latents, chunk_index)
-    return counts.peak_bytes
+        forward(timesteps[0], chunk_index)
+    return rollout, counts
 
 
 def _count_decode(pipe: WanAutoregressivePipeline, settings: BenchmarkSettings) -> StageCounts:

@@ -44,12 +44,13 @@ def test_the_plan_is_what_a_rollout_takes(changes, monkeypatch):
     peaks: dict[str, list[int]] = {"_forward": [], "decode": []}
     count_peaks(monkeypatch, rollout, "_forward", peaks)
     count_peaks(monkeypatch, rollout.vae_decoder, "decode", peaks)
-    latents = rollout.step().latents
+    latents_bytes = rollout.history.nbytes + rollout.step().latents.nbytes
 
     assert rollout.cache.allocated_bytes == plan.kv_cache_bytes
     assert rollout.conditions.text_kv_bytes == plan.text_kv_bytes
     assert rollout.vae_decoder.state_bytes == plan.vae_state_bytes
-    assert latents.nbytes == plan.chunk_latents_bytes
+    assert latents_bytes == plan.latents_bytes
+    assert rollout.input_bytes == plan.input_bytes
     assert peaks["decode"] == [plan.decode_peak_bytes]
     assert max(peaks["_forward"]) == plan.forward_peak_bytes
 

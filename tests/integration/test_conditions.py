@@ -11,6 +11,7 @@ from wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.models.causal_wan_embeddings import CausalWanRotaryPosEmbed
 from wan_autoregressive.models.conditions import ConditionMemory
 
+LIKE = torch.empty(1, 0, 2, 6)
 SIZE = {"height": 32, "width": 32}
 
 
@@ -78,21 +79,22 @@ def test_relative_positions_make_their_tables_once_per_chunk(pipe, calls, positi
 
 def test_written_embeddings_are_computed_anew():
     memory, embeds = ConditionMemory(), torch.zeros(1, 4, 8)
-    first = memory.text(embeds, 2)
-    assert memory.text(embeds, 2) is first
+    first = memory.text(embeds, 2, LIKE)
+    assert memory.text(embeds, 2, LIKE) is first
     embeds[0, 0] = 1
-    assert memory.text(embeds, 2) is not first
-    assert ConditionMemory(2).text(torch.zeros(1, 4, 8), 2) is not first
+    assert memory.text(embeds, 2, LIKE) is not first
 
 
 def test_the_least_recently_used_prompt_goes():
     memory = ConditionMemory(num_prompts=2)
     a, b, c = torch.zeros(3, 1, 4, 8).unbind()
-    kept, dropped = memory.text(a, 1), memory.text(b, 1)
-    assert memory.text(a, 1) is kept
-    memory.text(c, 1)
-    assert memory.text(a, 1) is kept
-    assert memory.text(b, 1) is not dropped
+    kept, dropped = memory.text(a, 1, LIKE), memory.text(b, 1, LIKE)
+    assert memory.text(a, 1, LIKE) is kept
+    newest = memory.text(c, 1, LIKE)
+    assert newest.blocks[0].key.data_ptr() == dropped.blocks[0].key.data_ptr()  # takes over its memory
+    assert newest.blocks[0].key.data_ptr() != kept.blocks[0].key.data_ptr()
+    assert memory.text(a, 1, LIKE) is kept
+    assert memory.text(b, 1, LIKE) is not dropped
 
 
 def test_another_adapter_in_the_middle_of_a_video_takes_effect(tiny_checkpoint):

@@ -1,71 +1,136 @@
-"""What a CUDA graph needs: tensors that outlive a forward stay where they are."""
+"""What a CUDA graph needs: forwards of a kind are the same operations on the same memory, however long the video."""
+
+from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
 from saved_rollouts import noise, start
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from wan_autoregressive.cache import WanKVBlockCache
+from wan_autoregressive import CausalWanTransformer3DModel
 
 WINDOW = {"num_frames": 93, "window_frames": 6, "sink_frames": 1, "chunk_frames": 2}  # 12 chunks
+CHUNKS_TO_FILL = 3
+
+Kind = tuple[bool, int, int]
+"""Whether a forward ends with the last keys and values, its latent frames, and its cache."""
 
 
-def addresses(rollout) -> dict[str, int]:
-    """Where keys, values and conditions are."""
-    tensors: dict[str, torch.Tensor] = {}
-    for index, block in enumerate(rollout.cache.block_caches):
-        for kind, buffer in (("key", block._key), ("value", block._value)):
-            tensors |= {f"block {index} {kind} {part}": tensor for part, tensor in enumerate(buffer.parts)}
-    for prompt, (_, text) in rollout.conditions._texts.items():
-        for index, block in enumerate(text.blocks):
-            tensors |= {f"text {prompt} {index} key": block.key, f"text {prompt} {index} value": block.value}
-    for timestep, time in rollout.conditions._times.items():
-        tensors |= {f"time {timestep} temb": time.temb, f"time {timestep} modulation": time.modulation}
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+class Recording(TorchDispatchMode):
+    """The operations under it and their arguments: tensors that were there before by their address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Any] = []
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.operations.append((str(func), *tree_leaves(tree_map(self._described, (args, kwargs)))))
+        before = {_memory(arg) for arg in tree_leaves((args, kwargs)) if isinstance(arg, torch.Tensor)}
+        result = func(*args, **kwargs)
+        self._made |= {_memory(out) for out in tree_leaves(result) if isinstance(out, torch.Tensor)} - before
+        return result
+
+    def _described(self, arg: Any) -> Any:
+        if not isinstance(arg, torch.Tensor):
+            return repr(arg)
+        address = "made here" if _memory(arg) in self._made else arg.data_ptr()
+        return repr((address, arg.dtype, tuple(arg.shape), arg.stride()))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> dict[Kind, list[list[Any]]]:
+    """The operations of every forward, by what can share a graph.
+
+    A forward that computes text or time on the way is left out: that happens once for each.
+    """
+    recorded: dict[Kind, list[list[Any]]] = defaultdict(list)
+    forward = CausalWanTransformer3DModel.forward
+
+    def record(self, hidden_states, *args, attention_kwargs, **kwargs):
+        cache, plan = attention_kwargs["kv_cache"], attention_kwargs["plan"]
+        is_ready = plan.time.modulation is not None and plan.text.is_complete
+        with Recording() as recording:
+            result = forward(self, hidden_states, *args, attention_kwargs=attention_kwargs, **kwargs)
+        if is_ready:
+            recorded[plan.keys_values_only, hidden_states.shape[2], id(cache)].append(recording.operations)
+        return result
+
+    monkeypatch.setattr(CausalWanTransformer3DModel, "forward", record)
+    return recorded
+
+
+def counted(forwards: dict[Kind, list[list[Any]]]) -> list[tuple[bool, int, int, int]]:
+    """For each kind: whether it ends early, its frames, how many forwards there were and how many different ones."""
+    return sorted(
+        (ends_early, frames, len(operations), len({tuple(each) for each in operations}))
+        for (ends_early, frames, _), operations in forwards.items()
+    )
+
+
+def last_of_each(forwards: dict[Kind, list[list[Any]]]) -> dict[Kind, list[Any]]:
+    return {kind: operations[-1] for kind, operations in forwards.items()}
+
+
+def filled_rollout(pipe, forwards, **options):
+    """A rollout whose window is full, with nothing recorded yet."""
+    rollout = start(pipe, **{**WINDOW, "output_type": "latent", **options})
+    for _ in range(CHUNKS_TO_FILL):
+        rollout.step()
+    forwards.clear()
+    return rollout
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("position_mode", ["absolute", "relative", "sink_relative"])
-def test_nothing_moves_after_the_first_chunk(pipe, monkeypatch, position_mode, kv_dtype):
-    attended: dict[WanKVBlockCache, set[tuple[int, int]]] = {}
-    write = WanKVBlockCache.write
+def test_every_step_is_the_same_operations_on_the_same_memory(pipe, forwards, position_mode, kv_dtype):
+    list(filled_rollout(pipe, forwards, position_mode=position_mode, kv_dtype=kv_dtype))
+    assert counted(forwards) == [(False, 2, 2 * 9, 1), (True, 2, 9, 1)]  # 2 steps and a clean pass for 9 chunks
 
-    def watched(self, key, value):
-        key, value = write(self, key, value)
-        attended.setdefault(self, set()).add((key.data_ptr(), value.data_ptr()))
-        return key, value
 
-    monkeypatch.setattr(WanKVBlockCache, "write", watched)
-    rollout = start(pipe, **WINDOW, position_mode=position_mode, kv_dtype=kv_dtype, output_type="latent")
+def test_guidance_has_its_own_memory_for_either_prompt(pipe, forwards):
+    list(filled_rollout(pipe, forwards, guidance_scale=2.0, negative_prompt="blurry"))
+    assert counted(forwards) == [(False, 2, 2 * 9, 1)] * 2 + [(True, 2, 9, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "kinds"),
+    [("recache", 1), ("cross_attention", 1), ("blend", 1), ("flush", 2), ("cut", 2)],
+)
+def test_another_prompt_moves_nothing(pipe, forwards, policy, kinds):
+    """A re-cache has more frames than a chunk; a blend has new text in every chunk; the last two leave a window that
+    is shorter for a chunk."""
+    rollout = filled_rollout(pipe, forwards, switch_policy=policy)
     rollout.step()
-    before = addresses(rollout)
-    # Keys and values of both, text of both, and two time tensors for each of the two steps.
-    blocks = len(rollout.cache.block_caches)
-    assert len(before) == blocks * 2 * (1 if kv_dtype is None else 2) + blocks * 2 + 2 * 2
-    for _ in rollout:
-        now = addresses(rollout)
-        assert before.items() <= now.items()
-        before = now
-    assert f"time {rollout.config.context_noise} temb" in before
-    if kv_dtype is None:  # int8 is scaled back into new memory
-        own = [(block._key.parts[0].data_ptr(), block._value.parts[0].data_ptr()) for block in attended]
-        assert list(attended.values()) == [{pair} for pair in own]
-        assert len(own) == blocks
-
-
-def test_a_window_that_grows_does_move(pipe):
-    """Without a window and an end the buffers double: the test above can fail."""
-    rollout = start(pipe, num_frames=None, output_type="latent")
-    rollout.step()
-    before = addresses(rollout)
-    rollout.step()
-    assert not before.items() <= addresses(rollout).items()
-
-
-def test_another_prompt_leaves_keys_and_values_in_place(pipe):
-    rollout = start(pipe, **WINDOW, output_type="latent")
-    for _ in range(3):
-        rollout.step()
-    before = addresses(rollout)
+    before = last_of_each(forwards)
     rollout.step(prompt=noise(*rollout.prompt.embeds.shape))
-    kept = {name: place for name, place in before.items() if not name.startswith("text")}
-    assert kept.items() <= addresses(rollout).items()
+    list(rollout)
+    assert [kind[-1] for kind in counted(forwards)] == [kinds, kinds]
+    assert last_of_each(forwards) == before
+
+
+def test_reset_moves_nothing(pipe, forwards):
+    """Even where the first chunk of a video has another size."""
+    rollout = filled_rollout(pipe, forwards, first_chunk_frames=1)
+    rollout.step()
+    before = last_of_each(forwards)
+    rollout.reset()
+    for _ in range(CHUNKS_TO_FILL + 1):
+        rollout.step()
+    assert last_of_each(forwards).items() >= before.items()
+
+
+def test_a_video_without_a_window_differs_in_every_chunk(pipe, forwards):
+    """The tests above can fail."""
+    rollout = start(pipe, num_frames=None, output_type="latent")
+    for _ in range(4):
+        rollout.step()
+    # The first chunk computes text and time; the newest has had no clean pass yet.
+    assert counted(forwards) == [(False, 3, 2 * 3, 3), (True, 3, 2, 2)]

@@ -1,0 +1,35 @@
+"""Tensors that take new values in place, so that a captured CUDA graph finds them where it was told to."""
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch
+
+
+class FixedMemory:
+    """Memory by name, and in it the tensor that was last asked for under that name.
+
+    A tensor starts where the last one of its name did, as long as that was no smaller and of the same dtype and
+    device; what was read there before is overwritten. Put into the name what must stay while other sizes come between.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[Hashable, torch.Tensor] = {}
+        self._places: dict[Hashable, tuple[torch.dtype, torch.device | str]] = {}
+
+    def empty(
+        self, name: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> torch.Tensor:
+        """A contiguous tensor whose values are for the caller to write."""
+        size, place = math.prod(shape), (dtype, device)  # as asked for: "cuda" is not the device of its tensors
+        if self._places.get(name) != place or self._memory[name].numel() < size:
+            self._memory[name], self._places[name] = torch.empty(size, dtype=dtype, device=device), place
+        return self._memory[name][:size].view(*shape)
+
+    def hold(self, name: Hashable, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy of `tensor`, in `dtype` if that is given."""
+        return self.empty(name, tensor.shape, dtype or tensor.dtype, tensor.device).copy_(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in self._memory.values())
