@@ -1,5 +1,6 @@
 """The blocks of a causal Wan transformer: attention through a cache, modulation per group of tokens."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import (
 )
 
 from wan_autoregressive.cache import WanKVBlockCache
-from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
+from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb, rotate_pairs
 from wan_autoregressive.models.conditions import BlockTextConditions
 
 
@@ -41,16 +42,18 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             query, key, value = None, attn.to_k(hidden_states), attn.to_v(hidden_states)
         else:
             query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        # Without a cache as upstream, to the bit.
+        rotate = rotate_pairs if kv_cache is None else partial(apply_rotary_emb, in_place=True)
         key = attn.norm_k(key).unflatten(2, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
         value = value.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None and key_rotary_emb is None:
-            key = apply_rotary_emb(key, *rotary_emb)
+            key = rotate(key, *rotary_emb)
         if keys_values_only and kv_cache is not None:
             kv_cache.write(key, value)
             return hidden_states
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
-            query = apply_rotary_emb(query, *rotary_emb)
+            query = rotate(query, *rotary_emb)
         if kv_cache is not None:
             key, value = kv_cache.write(key, value)  # (batch, cached tokens, heads, head_dim)
         if key_rotary_emb is not None:
@@ -146,7 +149,9 @@ class CausalWanTransformerBlock(WanTransformerBlock):
 
         # 2. Cross-attention
         norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
-        hidden_states = hidden_states + self.attn2(norm_hidden_states, encoder_hidden_states, None, None, text=text)
+        attn_output = self.attn2(norm_hidden_states, encoder_hidden_states, None, None, text=text)
+        is_alike = attn_output.dtype == hidden_states.dtype and not torch.is_grad_enabled()
+        hidden_states = attn_output.add_(hidden_states) if is_alike else hidden_states + attn_output
 
         # 3. Feed-forward
         norm_hidden_states = norm(self.norm3, hidden_states, ff_scale, ff_shift)
@@ -178,5 +183,6 @@ def modulate(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> 
 
 def add_gated(hidden_states: torch.Tensor, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """`hidden_states + output * gate`: `(batch, tokens, dim)` with a float32 gate `(batch, groups, dim)`."""
-    gated = (output.unflatten(1, (gate.shape[1], -1)) * gate.unsqueeze(2)).flatten(1, 2)
-    return gated.add_(hidden_states).type_as(hidden_states)
+    output, gate = output.unflatten(1, (gate.shape[1], -1)), gate.unsqueeze(2)
+    gated = output * gate if torch.is_grad_enabled() or output.dtype != gate.dtype else output.mul_(gate)
+    return gated.flatten(1, 2).add_(hidden_states).type_as(hidden_states)

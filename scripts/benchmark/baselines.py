@@ -26,6 +26,7 @@ from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
 NAMED_BASELINES = {
     "recompute": "wan_autoregressive.scripts.benchmark.stock_rollouts:recompute",
     "concat": "wan_autoregressive.scripts.benchmark.stock_rollouts:concat",
+    "fused-qkv": "wan_autoregressive.scripts.benchmark.fused_qkv:fused_qkv",
 }
 
 

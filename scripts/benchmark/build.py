@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -116,6 +117,12 @@ def rollout_settings(pipe: WanAutoregressivePipeline, settings: BenchmarkSetting
         "kv_dtype": settings.kv_dtype,
         "num_inference_steps": settings.steps,
     }
+
+
+def copy_on_the_same_weights(transformer: CausalWanTransformer3DModel) -> CausalWanTransformer3DModel:
+    """Modules of its own, to be changed, with the very parameters and buffers."""
+    shared = [*transformer.parameters(), *transformer.buffers()]
+    return copy.deepcopy(transformer, {id(tensor): tensor for tensor in shared})
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[str] | None = None) -> None:

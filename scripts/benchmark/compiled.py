@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
-from wan_autoregressive.scripts.benchmark.build import start_rollout
+from wan_autoregressive.scripts.benchmark.build import copy_on_the_same_weights, start_rollout
 from wan_autoregressive.scripts.benchmark.clock import interleaved, timed
 from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings, CompiledPart
 
@@ -73,7 +72,7 @@ def measure_compiled(
 
     device, warm_up_chunks = torch.device(settings.device), settings.chunks_to_fill + 1
     compiled_pipe = copy.copy(pipe)
-    compiled_pipe.transformer = _copy_on_the_same_weights(pipe.transformer)
+    compiled_pipe.transformer = copy_on_the_same_weights(pipe.transformer)
     if part == "blocks":
         compiled_pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     else:
@@ -107,9 +106,3 @@ def measure_compiled(
             for compiled, eager in zip(latents["compiled"], latents["eager"], strict=True)
         ),
     )
-
-
-def _copy_on_the_same_weights(transformer: CausalWanTransformer3DModel) -> CausalWanTransformer3DModel:
-    """Modules of its own, to be compiled, with the very parameters and buffers."""
-    shared = [*transformer.parameters(), *transformer.buffers()]
-    return copy.deepcopy(transformer, {id(tensor): tensor for tensor in shared})
