@@ -6,11 +6,12 @@ import torch
 
 from wan_autoregressive.cache.any_length import allow_any_length
 from wan_autoregressive.cache.fixed_memory import FixedMemory
-from wan_autoregressive.cache.int8_buffer import Int8Buffer, KVDtype
+from wan_autoregressive.cache.int8_buffer import Int8Buffer
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.token_buffer import Layout, TokenBuffer
 from wan_autoregressive.cache.token_window import Span, TokenWindow, WriteMode, WritePlan
+from wan_autoregressive.choices import KVDtype
 
 
 @dataclass
@@ -35,7 +36,7 @@ class WanKVBlockCache:
     It has no `.to`: accelerate's hooks would call it and move the past.
 
     Args:
-        slots ([`FixedMemory`], *optional*): For the numbers of a chunk's slots, shared by blocks that are written alike.
+        slots ([`FixedMemory`], *optional*): For a chunk's slot numbers; blocks that are written alike share it.
     """
 
     def __init__(

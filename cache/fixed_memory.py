@@ -30,6 +30,11 @@ class FixedMemory:
         """A copy of `tensor`, in `dtype` if that is given."""
         return self.empty(name, tensor.shape, dtype or tensor.dtype, tensor.device).copy_(tensor)
 
+    def clear(self) -> None:
+        """Free it."""
+        self._memory.clear()
+        self._places.clear()
+
     @property
     def nbytes(self) -> int:
         return sum(memory.nbytes for memory in self._memory.values())

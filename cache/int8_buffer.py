@@ -1,12 +1,9 @@
 """Keys or values in one byte per number, with a scale per token and head."""
 
-from typing import Literal
-
 import torch
 
 from wan_autoregressive.cache.token_buffer import TokenBuffer
 
-KVDtype = Literal["int8"]
 _LARGEST = 127
 
 

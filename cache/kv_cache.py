@@ -1,21 +1,16 @@
 """The rolling KV cache of a causal Wan transformer: one object per video (two with guidance)."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
 from wan_autoregressive.cache.fixed_memory import FixedMemory
-from wan_autoregressive.cache.int8_buffer import KVDtype
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.sliding_positions import SlidingPositions
 from wan_autoregressive.cache.token_window import WriteMode
-
-PositionMode = Literal["absolute", "relative", "sink_relative"]
-POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
-KV_DTYPES: tuple[str, ...] = get_args(KVDtype)
+from wan_autoregressive.choices import KV_DTYPES, POSITION_MODES, KVDtype, PositionMode
 
 
 class WanKVCache:
@@ -254,6 +249,7 @@ class WanKVCache:
         """Clear all blocks and free their memory."""
         for block in self.block_caches:
             block.release()
+        self.slots.clear()
         self._start_anew()
 
     def _start_anew(self) -> None:

@@ -12,6 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from wan_autoregressive.choices import (
+    KVDtype,
+    PositionMode,
+    RecacheSink,
+    SinkUpdateMode,
+    SwitchPolicy,
+    check_sink_update,
+    check_window,
+)
 from wan_autoregressive.configs.messages import error_line
 from wan_autoregressive.configs.prompt_times import latent_frame_at, read_changes
 from wan_autoregressive.demo import DEMO
@@ -89,10 +98,8 @@ class GenerateConfig(BaseModel):
     prompt_changes: Annotated[dict[str, str] | None, BeforeValidator(read_changes)] = Field(
         None, description="later prompts by time (5s, or a latent frame), a yaml or JSON file; see also prompt"
     )
-    switch_policy: Literal["recache", "cross_attention", "flush", "cut", "blend"] = Field(
-        "recache", description="what happens to the past when the prompt changes"
-    )
-    recache_sink: Literal["keep", "refresh"] = Field(
+    switch_policy: SwitchPolicy = Field("recache", description="what happens to the past when the prompt changes")
+    recache_sink: RecacheSink = Field(
         "keep", description="whether a re-cache keeps the sink or makes the window's oldest frames the new one"
     )
     negative_prompt: str | None = Field(None, description="what to avoid; matters when guidance-scale is above 1")
@@ -129,14 +136,12 @@ class GenerateConfig(BaseModel):
         None, ge=1, description="latent frames attended to, sink and chunk included; everything when not given"
     )
     sink_frames: int = Field(0, ge=0, description="first latent frames that never leave the window")
-    sink_update: Literal["static", "moving_average"] = Field(
-        "static", description="whether frames that leave the window change the sink"
-    )
+    sink_update: SinkUpdateMode = Field("static", description="whether frames that leave the window change the sink")
     sink_decay: float = Field(0.999, ge=0, le=1, description="share of itself that a moving-average sink keeps")
-    kv_dtype: Literal["int8"] | None = Field(
+    kv_dtype: KVDtype | None = Field(
         None, description="int8 keeps the past in about half of bfloat16's memory; the model's own when not given"
     )
-    position_mode: Literal["absolute", "relative", "sink_relative"] = Field(
+    position_mode: PositionMode = Field(
         "absolute", description="count frames from the start (ends at 1024 latent frames) or by place in the window"
     )
     context_noise: float = Field(0.0, ge=0, le=TABLE_STEPS, description="timestep at which finished chunks are cached")
@@ -161,7 +166,8 @@ class GenerateConfig(BaseModel):
         self._check_inputs()
         self.prompt_schedule()
         self._check_sizes()
-        self._check_window()
+        check_window(self.window_frames, self.sink_frames, max(self.chunk_frames, self.first_chunk_frames or 0))
+        check_sink_update(self.sink_update, self.sink_frames, self.position_mode, self.kv_dtype)
         return self
 
     def rollout_settings(self) -> dict[str, Any]:
@@ -202,36 +208,6 @@ class GenerateConfig(BaseModel):
             steps = getattr(self, name)
             if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
                 raise ValueError(f"{name} must descend, got {', '.join(f'{step:g}' for step in steps) or 'none'}")
-
-    def _check_window(self) -> None:
-        if self.sink_update == "moving_average" and not (self.sink_frames and self.position_mode == "relative"):
-            raise ValueError("sink_update moving_average needs sink_frames and position_mode relative")
-        if self.sink_update == "moving_average" and self.kv_dtype is not None:
-            raise ValueError(
-                f"sink_update moving_average changes the sink by less than kv_dtype {self.kv_dtype} can hold; "
-                "leave out one of them"
-            )
-        if self.window_frames is None:
-            if self.sink_frames:
-                raise ValueError(
-                    f"sink_frames is {self.sink_frames} but there is no window that the sink could be kept in; "
-                    "set window_frames or leave sink_frames out"
-                )
-            return
-        for name in ("chunk_frames", "first_chunk_frames"):
-            chunk = getattr(self, name)
-            if chunk is None:
-                continue
-            if self.window_frames < chunk:
-                raise ValueError(
-                    f"window_frames is {self.window_frames}, smaller than {name} {chunk}; the window holds the chunk "
-                    f"itself, so it must be at least {chunk + self.sink_frames}"
-                )
-            if self.window_frames < self.sink_frames + chunk:
-                raise ValueError(
-                    f"sink_frames {self.sink_frames} and {name} {chunk} do not fit into window_frames "
-                    f"{self.window_frames}; it must be at least {self.sink_frames + chunk}"
-                )
 
 
 # Of each pair only one makes sense, so giving one in a later layer replaces the other of an earlier one.

@@ -17,8 +17,7 @@ from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from wan_autoregressive.cache import MovingAverageSink, WanKVCache
-from wan_autoregressive.cache.int8_buffer import KVDtype
-from wan_autoregressive.cache.kv_cache import PositionMode
+from wan_autoregressive.choices import KVDtype, PositionMode, RecacheSink, SinkUpdateMode, SwitchPolicy
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.streaming_vae import (
     StreamingVaeEncoder,
@@ -279,13 +278,13 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         video_latents: torch.Tensor | None = None,
         strength: float | None = None,
         prompt_schedule: Mapping[int, Prompt] | None = None,
-        switch_policy: str = "recache",
-        recache_sink: str = "keep",
+        switch_policy: SwitchPolicy = "recache",
+        recache_sink: RecacheSink = "keep",
         flush_frames: int = 2,
         cut_jump_frames: int = 42,
         blend_chunks: int = 4,
         position_mode: PositionMode = "absolute",
-        sink_update: str = "static",
+        sink_update: SinkUpdateMode = "static",
         sink_decay: float = 0.999,
         kv_dtype: KVDtype | None = None,
         park_vae_state: bool = False,

@@ -2,13 +2,22 @@
 
 from dataclasses import dataclass
 
-from wan_autoregressive.cache.int8_buffer import KVDtype
-from wan_autoregressive.cache.kv_cache import KV_DTYPES, POSITION_MODES, PositionMode
+from wan_autoregressive.choices import (
+    KV_DTYPES,
+    POSITION_MODES,
+    RECACHE_SINKS,
+    SINK_UPDATES,
+    SWITCH_POLICIES,
+    KVDtype,
+    PositionMode,
+    RecacheSink,
+    SinkUpdateMode,
+    SwitchPolicy,
+    check_sink_update,
+    check_window,
+)
 
 OUTPUT_TYPES = ("np", "pil", "pt", "latent")
-SWITCH_POLICIES = ("recache", "cross_attention", "flush", "cut", "blend")
-SINK_UPDATES = ("static", "moving_average")
-RECACHE_SINKS = ("keep", "refresh")
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,11 @@ class RolloutConfig:
     denoising_steps: tuple[float, ...] | None = None
     first_chunk_steps: tuple[float, ...] | None = None
     position_mode: PositionMode = "absolute"
-    sink_update: str = "static"
+    sink_update: SinkUpdateMode = "static"
     sink_decay: float = 0.999
     kv_dtype: KVDtype | None = None
-    switch_policy: str = "recache"
-    recache_sink: str = "keep"
+    switch_policy: SwitchPolicy = "recache"
+    recache_sink: RecacheSink = "keep"
     flush_frames: int = 2
     cut_jump_frames: int = 42
     blend_chunks: int = 4
@@ -81,7 +90,8 @@ class RolloutConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(str, allowed))}")
-        self._check_window()
+        check_window(self.window_frames, self.sink_frames, self.largest_chunk_frames)
+        check_sink_update(self.sink_update, self.sink_frames, self.position_mode, self.kv_dtype)
 
     @property
     def largest_chunk_frames(self) -> int:
@@ -101,28 +111,3 @@ class RolloutConfig:
         if self.position_mode == "absolute" or self.window_frames is None:
             return None
         return self.window_frames + (self.cut_jump_frames if self.switch_policy == "cut" else 0)
-
-    def _check_window(self) -> None:
-        if self.sink_update == "moving_average" and (self.position_mode != "relative" or not self.sink_frames):
-            raise ValueError(
-                "sink_update='moving_average' averages keys without rotary embedding; it needs "
-                f"position_mode='relative' and sink_frames, got {self.position_mode!r} and {self.sink_frames}"
-            )
-        if self.sink_update == "moving_average" and self.kv_dtype is not None:
-            raise ValueError(
-                "sink_update='moving_average' changes the sink by less than the rounding of "
-                f"kv_dtype={self.kv_dtype!r}; leave out one of them"
-            )
-        if self.window_frames is None:
-            if self.sink_frames:
-                raise ValueError(
-                    f"sink_frames is {self.sink_frames} but window_frames is not set: nothing is ever evicted, so a "
-                    "sink has no effect. Set window_frames or leave the sink out"
-                )
-            return
-        needed = self.sink_frames + self.largest_chunk_frames
-        if self.window_frames < needed:
-            raise ValueError(
-                f"window_frames is {self.window_frames}, which does not hold a sink of {self.sink_frames} and a chunk "
-                f"of {self.largest_chunk_frames} latent frames; it must be at least {needed}"
-            )

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wan_autoregressive._version import __version__
-from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.cache_state import cache_state, load_cache_state
+from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.pipelines.model_identity import check_same_model, model_identity
 from wan_autoregressive.pipelines.rollout_config import RolloutConfig

@@ -10,12 +10,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wan_autoregressive.choices import KV_DTYPES, POSITION_MODES
 from wan_autoregressive.scripts.benchmark.presets import PRESETS
 from wan_autoregressive.scripts.benchmark.settings import (
     COMPILED_PARTS,
     DTYPES,
-    KV_DTYPES,
-    POSITION_MODES,
     SWEEPS,
     BenchmarkSettings,
 )
@@ -64,8 +63,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         default=[],
         metavar="NAME",
-        help="compare with `recompute` (no cache), `concat` (cache by concatenation) or any importable "
-        "`module:function` (see wan_autoregressive.scripts.benchmark.baselines); may be given several times",
+        help="compare with `recompute` (no cache), `concat` (cache by concatenation), `fused-qkv` (the pipeline after "
+        "fuse_qkv_projections) or any importable `module:function` (see wan_autoregressive.scripts.benchmark."
+        "baselines); may be given several times",
     )
     add("--decode-alongside", action="store_true", help="compare with decoding while the next chunk is denoised")
     add("--compile", choices=COMPILED_PARTS, help="compare with torch.compile over each block or the whole model")

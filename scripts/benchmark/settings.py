@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from wan_autoregressive.choices import KV_DTYPES, KVDtype, PositionMode, check_window
 from wan_autoregressive.scripts.benchmark.presets import PRESETS, Geometry
 
 DTYPES = ("float32", "bfloat16", "float16")
-KV_DTYPES = ("int8",)
-PositionMode = Literal["absolute", "relative", "sink_relative"]
-POSITION_MODES: tuple[str, ...] = get_args(PositionMode)
 CompiledPart = Literal["blocks", "model"]
 COMPILED_PARTS: tuple[str, ...] = get_args(CompiledPart)
 SWEEPS = ("window", "resolution", "chunk", "position", "kv-dtype")
@@ -36,7 +34,7 @@ class BenchmarkSettings:
     window_frames: int | None = 9
     sink_frames: int = 3
     position_mode: PositionMode = "absolute"
-    kv_dtype: Literal["int8"] | None = None
+    kv_dtype: KVDtype | None = None
     steps: int = 4
     chunks: int = 6
     repeats: int = 3
@@ -56,13 +54,7 @@ class BenchmarkSettings:
         for name in ("num_layers", "chunk_frames", "steps", "chunks", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.window_frames is None and self.sink_frames:
-            raise ValueError(f"sink_frames is {self.sink_frames} without a window; nothing is evicted then, so set 0")
-        if self.window_frames is not None and self.window_frames < self.sink_frames + self.chunk_frames:
-            raise ValueError(
-                f"window_frames is {self.window_frames}; a sink of {self.sink_frames} and a chunk of "
-                f"{self.chunk_frames} need at least {self.sink_frames + self.chunk_frames}"
-            )
+        check_window(self.window_frames, self.sink_frames, self.chunk_frames)
         if self.position_mode == "absolute" and self.chunks * self.chunk_frames > _ABSOLUTE_POSITIONS:
             raise ValueError(
                 f"{self.chunks} chunks of {self.chunk_frames} are {self.chunks * self.chunk_frames} latent frames; "

@@ -9,14 +9,13 @@ from typing import cast
 
 import torch
 
-from wan_autoregressive.cache.int8_buffer import KVDtype
-from wan_autoregressive.cache.kv_cache import PositionMode
+from wan_autoregressive.choices import POSITION_MODES, KVDtype, PositionMode
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.benchmark.build import start_rollout
 from wan_autoregressive.scripts.benchmark.clock import interleaved
 from wan_autoregressive.scripts.benchmark.counting import flop_counter
-from wan_autoregressive.scripts.benchmark.settings import POSITION_MODES, BenchmarkSettings
+from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
 
 _KV_DTYPES: dict[str, KVDtype | None] = {"model": None, "int8": "int8"}
 

@@ -85,7 +85,9 @@ def test_a_steady_chunk_always_allocates_the_same(report):
     assert all(chunk["counts"] == chunks[3]["counts"] for chunk in chunks[3:])
     for stage in ("denoise", "decode"):
         counts = [chunk["counts"][stage] for chunk in chunks]
-        assert counts[1]["allocations"] == counts[2]["allocations"] == counts[3]["allocations"] > 0
+        memory_for_known_times = 2 if stage == "denoise" else 0  # embedding and modulation, once one is used again
+        assert counts[1]["allocations"] - memory_for_known_times == counts[2]["allocations"] > 0
+        assert counts[2]["allocations"] == counts[3]["allocations"]
         assert all(0 < count["peak_bytes"] <= count["allocated_bytes"] for count in counts)
     # Only the first chunk makes the cache's buffers: two per layer.
     first, second = chunks[0]["counts"]["denoise"], chunks[1]["counts"]["denoise"]
@@ -189,12 +191,13 @@ def test_without_a_compiler_the_command_says_so(capsys):
     assert captured.out == ""
 
 
-def test_the_concatenating_baseline_makes_the_pipelines_latents():
+@pytest.mark.parametrize("name", ["concat", "fused-qkv"])
+def test_a_baseline_with_a_cache_makes_the_pipelines_latents(name):
     settings = BenchmarkSettings(layers=2, steps=STEPS, window_frames=6, sink_frames=0, with_vae=False)
     pipe = build_pipeline(settings)
     rollout = start_rollout(pipe, settings)
     with torch.no_grad():
-        make_chunk = resolve_baseline("concat")(baseline_setup(pipe, settings))
+        make_chunk = resolve_baseline(name)(baseline_setup(pipe, settings))
         for index in range(4):
             torch.testing.assert_close(make_chunk(index), rollout.step().latents, rtol=0, atol=1e-5)
 
@@ -230,7 +233,7 @@ def test_weights_are_as_in_a_loaded_checkpoint(dtype):
         (["--window-frames", "none", "--roofline"], "need --window-frames"),
         (["--window-frames", "none", "--compile", "blocks"], "need --window-frames"),
         (["--compile", "everything"], "argument --compile"),
-        (["--window-frames", "4"], "need at least 6"),
+        (["--window-frames", "4"], "must be at least 6"),
         (["--json", "no/such/folder/x.json"], "the folder of no/such/folder/x.json does not exist"),
         (["--decode-alongside", "--no-vae"], "needs --vae and at least 2"),
         (["--decode-alongside", "--chunks", "1"], "needs --vae and at least 2"),

@@ -89,9 +89,10 @@ def test_every_attribute_has_a_place_in_a_state(pipe):
     known = {*rollout_state.PACKED, *rollout_state.SAVED_APART, *rollout_state.MADE_ANEW}
     assert vars(rollout).keys() <= known
     made_anew = {"block_caches", "window_size", "sink_size", "max_tokens", "position_mode", "sliding_positions"}
+    made_anew |= {"slots"}
     assert vars(rollout.cache).keys() <= {*SAVED_ATTRIBUTES, *made_anew}
     block = {"window", "_key", "_value", "_initial_capacity", "_plan", "_open", "_sink_update", "_written_sink_key"}
-    block |= {"_buffer_type"}
+    block |= {"_buffer_type", "_slots"}
     assert vars(rollout.cache.block_caches[0]).keys() <= block
 
 

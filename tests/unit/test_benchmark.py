@@ -143,8 +143,8 @@ def test_rounds_take_turns():
         ({"preset": "2b"}, "the preset is '2b'; allowed are demo, 1.3b-layer"),
         ({"dtype": "int8"}, "the dtype is 'int8'; allowed are float32"),
         ({"layers": 0}, "num_layers is 0; it must be at least 1"),
-        ({"window_frames": 5}, "a sink of 3 and a chunk of 3 need at least 6"),
-        ({"window_frames": None}, "sink_frames is 3 without a window"),
+        ({"window_frames": 5}, "a sink of 3 and a chunk of 3 latent frames; it must be at least 6"),
+        ({"window_frames": None}, "sink_frames is 3 but window_frames is not set"),
         ({"chunks": 400}, "400 chunks of 3 are 1200 latent frames; absolute positions end at 1024"),
         ({"height": 72}, "the size is 72x64; demo takes positive multiples of 16 pixels"),
     ],
@@ -182,7 +182,7 @@ def test_sweep_values_become_settings():
 def test_baselines_are_found_by_name_or_as_module_and_function():
     assert resolve_baseline("concat").__name__ == "concat"
     assert resolve_baseline("math:sqrt") is math.sqrt
-    with pytest.raises(ValueError, match="allowed are recompute, concat and module:function"):
+    with pytest.raises(ValueError, match="allowed are recompute, concat, fused-qkv and module:function"):
         resolve_baseline("unknown")
     with pytest.raises(ValueError, match="cannot be imported"):
         resolve_baseline("math:nothing")

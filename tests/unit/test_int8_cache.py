@@ -179,7 +179,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="less than the rounding of kv_dtype 'int8'"):
         WanKVCache(1, **sink, sink_update=MovingAverageSink(), kv_dtype="int8")
     frames = {"height": 32, "width": 32, "window_frames": 4, "sink_frames": 1, "position_mode": "relative"}
-    with pytest.raises(ValueError, match="less than the rounding of kv_dtype='int8'"):
+    with pytest.raises(ValueError, match="less than the rounding of kv_dtype 'int8'"):
         RolloutConfig(**frames, sink_update="moving_average", kv_dtype="int8")
     with pytest.raises(ValueError, match="kv_dtype is 'fp8'; allowed are None, int8"):
         RolloutConfig(**frames, kv_dtype="fp8")
