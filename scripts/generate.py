@@ -33,6 +33,7 @@ from wan_autoregressive.scripts.load_pipeline import (
     model_folder,
     with_model_defaults,
 )
+from wan_autoregressive.scripts.output_lock import hold_output
 from wan_autoregressive.scripts.resumable_render import (
     Checkpointing,
     Progress,
@@ -83,6 +84,22 @@ def run(args: argparse.Namespace) -> int:
         print("no --model given: using the small demo checkpoint that comes with the package", file=sys.stderr)
     given = load_given(config)
 
+    # 2. The videos; those of a list are held one by one
+    is_one_video = config.prompts is None and not args.dry_run
+    with hold_output(config.output) if is_one_video else nullcontext():
+        _make(args, config, checkpointing, jobs, given)
+    return 0
+
+
+def _make(
+    args: argparse.Namespace,
+    config: GenerateConfig,
+    checkpointing: Checkpointing | None,
+    jobs: list[Job],
+    given: Pixels | None,
+) -> None:
+    """Load the model and render all videos, or say what they would take."""
+    # 1. What an earlier run left
     progress = None
     if checkpointing is not None and config.prompts is None:
         progress = find_progress(config.output, _config_of(config, jobs[0]), given, checkpointing)
@@ -99,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         for job in jobs:
             check_prompts(pipe, config, job.prompt)
         print(dry_run_text(config, plan, videos=len(jobs)))
-        return 0
+        return
 
     # 3. The videos
     stop = SoftInterrupt("stopping after this chunk; Ctrl-C again stops at once")
@@ -109,7 +126,6 @@ def run(args: argparse.Namespace) -> int:
             _render_to_file(this_run, jobs[0], _seed(config), progress)
         else:
             _render_all(this_run, jobs)
-    return 0
 
 
 def render(
@@ -177,10 +193,11 @@ def _render_all(run: _Run, jobs: list[Job]) -> None:
             print(f"{job.output}: already there, made with the same settings", flush=True)
             continue
         try:
-            progress = None
-            if run.checkpointing is not None:
-                progress = find_progress(job.output, _config_of(run.asked, job), run.given, run.checkpointing)
-            _render_to_file(run, job, seed, progress)
+            with hold_output(job.output):
+                progress = None
+                if run.checkpointing is not None:
+                    progress = find_progress(job.output, _config_of(run.asked, job), run.given, run.checkpointing)
+                _render_to_file(run, job, seed, progress)
         except Exception as error:
             from wan_autoregressive.scripts.cli import describe_error, print_error
 

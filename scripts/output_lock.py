@@ -1,0 +1,30 @@
+"""One run per video: a second one would write into the files of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def hold_output(output: Path) -> Iterator[None]:
+    """Keep other runs from making the same video, until the block or the process ends, however it ends.
+
+    Raises:
+        ValueError: another run is at it.
+        OSError: the folder cannot be written to.
+    """
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another run is writing '{output}'; wait for it, stop it, or give another output") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a system that cannot remove an open file keeps it
+            Path(lock.lock_file).unlink()
+        lock.release()
