@@ -23,7 +23,8 @@ class FixedMemory:
         """A contiguous tensor whose values are for the caller to write."""
         size, place = math.prod(shape), (dtype, device)  # as asked for: "cuda" is not the device of its tensors
         if self._places.get(name) != place or self._memory[name].numel() < size:
-            self._memory[name], self._places[name] = torch.empty(size, dtype=dtype, device=device), place
+            with torch.inference_mode(False):  # to be written outside of that mode as well
+                self._memory[name], self._places[name] = torch.empty(size, dtype=dtype, device=device), place
         return self._memory[name][:size].view(*shape)
 
     def hold(self, name: Hashable, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -92,6 +92,7 @@ class TokenBuffer:
 
 
 def _grown(part: torch.Tensor, capacity: int) -> torch.Tensor:
-    grown = part.new_empty(part.shape[0], capacity, *part.shape[2:])
+    with torch.inference_mode(False):  # to be written outside of that mode as well
+        grown = part.new_empty(part.shape[0], capacity, *part.shape[2:])
     grown[:, : part.shape[1]] = part
     return grown

@@ -184,6 +184,20 @@ def test_a_stream_without_end_goes_on_until_the_caller_stops(pipe):
     assert np.array_equal(frames_of(chunks), expected)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("position_mode", ["absolute", "relative", "sink_relative"])
+def test_steps_in_and_out_of_inference_mode_go_together(pipe, position_mode, kv_dtype):
+    """What a step leaves behind in that mode can be written outside of it, and the other way round."""
+    options = {**SIZE, "num_frames": 45, "chunk_frames": 2, "window_frames": 5, "sink_frames": 1}
+    options |= {"position_mode": position_mode, "kv_dtype": kv_dtype}
+    expected = list(pipe.rollout("a red circle", **options, generator=generator()))
+    rollout, chunks = pipe.rollout("a red circle", **options, generator=generator()), []
+    while not rollout.done:
+        with torch.inference_mode(rollout.chunks_done % 2 == 0):
+            chunks.append(rollout.step())
+    assert np.array_equal(frames_of(chunks), frames_of(expected))
+
+
 def test_reset_makes_the_same_video_again(pipe):
     rollout = pipe.rollout("a red circle", **SIZE, num_frames=21, window_frames=4, generator=generator(3))
     first = list(rollout)
