@@ -111,7 +111,10 @@ def _attend(
 
 
 class CausalWanTransformerBlock(WanTransformerBlock):
-    """Upstream's block, with modulation per group of tokens and a cache for self-attention."""
+    """Upstream's block, with modulation per group of tokens and a cache for self-attention.
+
+    Outputs of attention and feed-forward are written over through a cache; a forward hook that keeps one clones it.
+    """
 
     def forward(
         self,
@@ -131,8 +134,11 @@ class CausalWanTransformerBlock(WanTransformerBlock):
             dim=2
         )  # 6 x (batch, groups, dim)
 
+        # Without a cache upstream's operations: its hooks may keep what a layer returns.
+        is_cached = kv_cache is not None
+        norm = norm_and_modulate if is_cached else norm_then_modulate
+
         # 1. Self-attention
-        norm = norm_and_modulate if kv_cache is not None else norm_then_modulate
         norm_hidden_states = norm(self.norm1, hidden_states, scale, shift)
         attn_output = self.attn1(
             norm_hidden_states,
@@ -145,17 +151,17 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         )
         if keys_values_only:
             return attn_output
-        hidden_states = add_gated(hidden_states, attn_output, gate)
+        hidden_states = add_gated(hidden_states, attn_output, gate, in_place=is_cached)
 
         # 2. Cross-attention
         norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
         attn_output = self.attn2(norm_hidden_states, encoder_hidden_states, None, None, text=text)
-        is_alike = attn_output.dtype == hidden_states.dtype and not torch.is_grad_enabled()
-        hidden_states = attn_output.add_(hidden_states) if is_alike else hidden_states + attn_output
+        in_place = is_cached and attn_output.dtype == hidden_states.dtype
+        hidden_states = attn_output.add_(hidden_states) if in_place else hidden_states + attn_output
 
         # 3. Feed-forward
         norm_hidden_states = norm(self.norm3, hidden_states, ff_scale, ff_shift)
-        return add_gated(hidden_states, self.ffn(norm_hidden_states), ff_gate)
+        return add_gated(hidden_states, self.ffn(norm_hidden_states), ff_gate, in_place=is_cached)
 
 
 def norm_then_modulate(
@@ -181,8 +187,11 @@ def modulate(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> 
     return (grouped * (1 + scale.unsqueeze(2))).add_(shift.unsqueeze(2)).flatten(1, 2)
 
 
-def add_gated(hidden_states: torch.Tensor, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """`hidden_states + output * gate`: `(batch, tokens, dim)` with a float32 gate `(batch, groups, dim)`."""
+def add_gated(
+    hidden_states: torch.Tensor, output: torch.Tensor, gate: torch.Tensor, in_place: bool = False
+) -> torch.Tensor:
+    """`hidden_states + output * gate`: `(batch, tokens, dim)` with a float32 gate `(batch, groups, dim)`; `in_place`
+    in the memory of `output` if that is float32 as well."""
     output, gate = output.unflatten(1, (gate.shape[1], -1)), gate.unsqueeze(2)
-    gated = output * gate if torch.is_grad_enabled() or output.dtype != gate.dtype else output.mul_(gate)
+    gated = output.mul_(gate) if in_place and output.dtype == gate.dtype else output * gate
     return gated.flatten(1, 2).add_(hidden_states).type_as(hidden_states)

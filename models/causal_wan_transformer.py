@@ -192,12 +192,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         def tables(name: Hashable, positions: Sequence[tuple[int, int]]) -> RotaryEmbedding:
             def make() -> RotaryEmbedding:
                 cos, sin = self.rope.at(positions, height, width)
-                cos, sin = cos.to(hidden_states.device), sin.to(hidden_states.device)
-                allow_any_length(cos, sin)
-                return cos, sin
+                return cos.to(hidden_states.device), sin.to(hidden_states.device)
 
             geometry = tuple(positions), height, width, hidden_states.device
-            return make() if memory is None else memory.rotary(name, geometry, make)
+            made = make() if memory is None else memory.rotary(name, geometry, make)
+            allow_any_length(*made)
+            return made
 
         rotary_emb = tables(("chunk", frames), [(start, start + frames)])
         plan = ForwardPlan(block_caches, rotary_emb, keys_values_only=keys_values_only)

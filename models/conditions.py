@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from wan_autoregressive.cache.any_length import allow_any_length
 from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 
@@ -141,7 +140,6 @@ class ConditionMemory:
         if name not in self._rotary or self._rotary[name][0] != geometry:
             cos, sin = make()
             tables = self._fixed.hold((name, "cos"), cos), self._fixed.hold((name, "sin"), sin)
-            allow_any_length(*tables)
             self._rotary[name] = geometry, tables
         return self._rotary[name][1]
 

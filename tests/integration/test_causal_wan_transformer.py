@@ -5,6 +5,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig, WanTransformer3DModel
 
 from wan_autoregressive import CausalWanTransformer3DModel, WanKVCache
+from wan_autoregressive.models.lean_layers import LeanRMSNorm
 
 CONFIG = {
     "num_attention_heads": 4,
@@ -34,6 +35,12 @@ def models() -> tuple[WanTransformer3DModel, CausalWanTransformer3DModel]:
     return upstream, causal
 
 
+@pytest.fixture(autouse=True)
+def short_tiles(monkeypatch):
+    """Norms work tile by tile, in as many as the tokens of a real model are."""
+    monkeypatch.setattr(LeanRMSNorm, "_TOKENS_AT_ONCE", 4)
+
+
 @pytest.fixture
 def model(models) -> CausalWanTransformer3DModel:
     return models[1]
@@ -57,6 +64,30 @@ def test_without_a_cache_bitwise_equal_to_upstream(models, layout):
     expected = upstream(latents, known.get(layout, timestep), text, return_dict=False)[0]
     assert torch.equal(causal(latents, timestep, text, return_dict=False)[0], expected)
     assert torch.equal(causal(latents, timestep, text).sample, expected)
+
+
+@torch.no_grad()
+def test_outputs_that_a_hook_of_diffusers_keeps_stay_whole(models):
+    """Pyramid Attention Broadcast hands out the same attention output in several forwards."""
+    outputs = []
+    for model in models:
+        model.enable_cache(
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                cross_attention_block_skip_range=3,
+                spatial_attention_timestep_skip_range=(100, 800),
+                cross_attention_timestep_skip_range=(100, 800),
+                current_timestep_callback=lambda: 500,
+            )
+        )
+        text = randn(1, 7, 16)
+        outputs.append(
+            [model(randn(1, 4, 2, HEIGHT, WIDTH, seed=s), torch.tensor([500.0]), text)[0] for s in range(6)]
+        )
+        model.disable_cache()
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    fresh = models[0](randn(1, 4, 2, HEIGHT, WIDTH, seed=3), torch.tensor([500.0]), randn(1, 7, 16))[0]
+    assert not torch.equal(fresh, outputs[0][3])
 
 
 @torch.no_grad()
