@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from saved_rollouts import noise, start
+from saved_rollouts import assert_same, noise, start
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from wan_autoregressive import CausalWanTransformer3DModel
+from wan_autoregressive.models.forward_plan import ForwardPlan
 
 WINDOW = {"num_frames": 93, "window_frames": 6, "sink_frames": 1, "chunk_frames": 2}  # 12 chunks
 CHUNKS_TO_FILL = 3
@@ -19,12 +20,16 @@ Kind = tuple[bool, int, int]
 
 
 class Recording(TorchDispatchMode):
-    """The operations under it and their arguments: tensors that were there before by their address."""
+    """The operations under it and their arguments: tensors that were there before by their address.
+
+    `replay` is what a CUDA graph does: the same operations again, on the same memory and with no Python in between.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Any] = []
         self._made: set[int] = set()
+        self._calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -32,7 +37,14 @@ class Recording(TorchDispatchMode):
         before = {_memory(arg) for arg in tree_leaves((args, kwargs)) if isinstance(arg, torch.Tensor)}
         result = func(*args, **kwargs)
         self._made |= {_memory(out) for out in tree_leaves(result) if isinstance(out, torch.Tensor)} - before
+        self._calls.append((func, args, kwargs, result))
         return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, recorded in self._calls:
+            for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and _memory(old) != _memory(new):
+                    old.copy_(new)
 
     def _described(self, arg: Any) -> Any:
         if not isinstance(arg, torch.Tensor):
@@ -45,21 +57,23 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def is_ready(plan: ForwardPlan) -> bool:
+    """Whether the forward computes neither text nor time on the way, which happens once for each."""
+    return plan.time.modulation is not None and plan.text.is_complete
+
+
 @pytest.fixture
 def forwards(monkeypatch) -> dict[Kind, list[list[Any]]]:
-    """The operations of every forward, by what can share a graph.
-
-    A forward that computes text or time on the way is left out: that happens once for each.
-    """
+    """The operations of every forward that is ready, by what can share a graph."""
     recorded: dict[Kind, list[list[Any]]] = defaultdict(list)
     forward = CausalWanTransformer3DModel.forward
 
     def record(self, hidden_states, *args, attention_kwargs, **kwargs):
         cache, plan = attention_kwargs["kv_cache"], attention_kwargs["plan"]
-        is_ready = plan.time.modulation is not None and plan.text.is_complete
+        was_ready = is_ready(plan)
         with Recording() as recording:
             result = forward(self, hidden_states, *args, attention_kwargs=attention_kwargs, **kwargs)
-        if is_ready:
+        if was_ready:
             recorded[plan.keys_values_only, hidden_states.shape[2], id(cache)].append(recording.operations)
         return result
 
@@ -93,6 +107,40 @@ def filled_rollout(pipe, forwards, **options):
 def test_every_step_is_the_same_operations_on_the_same_memory(pipe, forwards, position_mode, kv_dtype):
     list(filled_rollout(pipe, forwards, position_mode=position_mode, kv_dtype=kv_dtype))
     assert counted(forwards) == [(False, 2, 2 * 9, 1), (True, 2, 9, 1)]  # 2 steps and a clean pass for 9 chunks
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("position_mode", ["absolute", "relative", "sink_relative"])
+def test_forwards_that_were_captured_make_the_rest_of_the_video(pipe, monkeypatch, position_mode, kv_dtype):
+    """One forward of either kind is captured; all others, a new prompt's as well, are replays of it."""
+    options = {**WINDOW, "position_mode": position_mode, "kv_dtype": kv_dtype, "output_type": "latent"}
+    options |= {"prompt_schedule": {12: noise(*start(pipe).prompt.embeds.shape)}}
+    expected = list(start(pipe, **options))
+
+    captured: dict[bool, tuple[Recording, torch.Tensor | None]] = {}
+    replays = 0
+    forward = CausalWanTransformer3DModel.forward
+
+    def capture_or_replay(self, *args, attention_kwargs, **kwargs):
+        nonlocal replays
+        plan = attention_kwargs["plan"]
+        if rollout.chunks_done < CHUNKS_TO_FILL or not is_ready(plan):
+            return forward(self, *args, attention_kwargs=attention_kwargs, **kwargs)
+        if plan.keys_values_only not in captured:
+            with Recording() as recording:
+                (flow,) = forward(self, *args, attention_kwargs=attention_kwargs, **kwargs)
+            captured[plan.keys_values_only] = recording, flow
+        else:
+            replays += 1
+            captured[plan.keys_values_only][0].replay()
+        flow = captured[plan.keys_values_only][1]
+        return (None if flow is None else flow.clone(),)
+
+    monkeypatch.setattr(CausalWanTransformer3DModel, "forward", capture_or_replay)
+    rollout = start(pipe, **options)
+    assert_same(list(rollout), expected)
+    # Of 9 chunks of 2 steps and a clean pass. A new prompt's first step is computed, and the re-cache replaces a pass.
+    assert replays == (2 * 9 - 1 - 1) + (9 - 1 - 1)
 
 
 def test_guidance_has_its_own_memory_for_either_prompt(pipe, forwards):
