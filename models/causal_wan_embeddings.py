@@ -13,7 +13,8 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
     """Rotary tables for frames that start at `frame_offset` instead of 0."""
 
     def forward(self, hidden_states: torch.Tensor, frame_offset: int = 0) -> RotaryEmbedding:
-        """cos and sin, each `(1, frames * height * width, 1, head_dim)` after patching.
+        """cos and sin, each `(1, frames * height * width, 1, head_dim)` after patching; of every pair of channels the
+        first has -sin, which upstream does not look at.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): For its shape.
@@ -33,10 +34,10 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
                     f"frames {start} to {stop - 1} leave the rotary table of {self.max_seq_len} positions "
                     "(rope_max_seq_len). Absolute positions end there; relative ones do not"
                 )
-        return (
-            self._lay_out(self.freqs_cos, positions, height, width),
-            self._lay_out(self.freqs_sin, positions, height, width),
-        )
+        cos = self._lay_out(self.freqs_cos, positions, height, width)
+        sin = self._lay_out(self.freqs_sin, positions, height, width)
+        sin[..., ::2].neg_()
+        return cos, sin
 
     def rotation(self, frames: int) -> RotaryEmbedding:
         """cos and sin that move keys by some frames in time, forward or back."""

@@ -154,7 +154,7 @@ def test_buffers_that_grow_keep_what_they_hold():
 
 def quarter_turns(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     angle = torch.tensor(number * 0.7).expand(1, 1, 1, HEAD_DIM)
-    return angle.cos(), angle.sin()
+    return angle.cos(), angle.sin() * torch.tensor([-1.0, 1.0]).repeat(HEAD_DIM // 2)
 
 
 def test_a_sink_that_moves_is_rounded_twice_however_often():
