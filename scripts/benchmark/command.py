@@ -146,7 +146,7 @@ def settings_of(args: argparse.Namespace) -> BenchmarkSettings:
 
 
 def _check_dry_run(args: argparse.Namespace) -> None:
-    for name in ("roofline", "baseline", "decode_alongside", "sweep", "plot"):
+    for name in ("roofline", "baseline", "decode_alongside", "compile", "sweep", "plot"):
         if getattr(args, name):
             raise ValueError(f"--dry-run measures nothing; leave out --{name.replace('_', '-')}")
 

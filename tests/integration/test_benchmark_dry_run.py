@@ -111,7 +111,10 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
         main(["benchmark", "--dry-run", "--preset", "2b"])
 
 
-@pytest.mark.parametrize("flag", [["--roofline"], ["--sweep", "window"], ["--plot", "x.png"], ["--decode-alongside"]])
+@pytest.mark.parametrize(
+    "flag",
+    [["--roofline"], ["--sweep", "window"], ["--plot", "x.png"], ["--decode-alongside"], ["--compile", "blocks"]],
+)
 def test_a_dry_run_measures_nothing(flag, capsys):
     assert main(["benchmark", "--dry-run", *flag]) == 2
     assert f"--dry-run measures nothing; leave out {flag[0]}" in capsys.readouterr().err
