@@ -15,17 +15,18 @@ class FixedMemory:
 
     def __init__(self) -> None:
         self._memory: dict[Hashable, torch.Tensor] = {}
-        self._places: dict[Hashable, tuple[torch.dtype, torch.device | str]] = {}
 
-    def empty(
-        self, name: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
-    ) -> torch.Tensor:
-        """A contiguous tensor whose values are for the caller to write."""
-        size, place = math.prod(shape), (dtype, device)  # as asked for: "cuda" is not the device of its tensors
-        if self._places.get(name) != place or self._memory[name].numel() < size:
+    def empty(self, name: Hashable, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A contiguous tensor whose values are for the caller to write.
+
+        Args:
+            device: As tensors have it, with its index: `cuda` is another one than their `cuda:0`.
+        """
+        size, memory = math.prod(shape), self._memory.get(name)
+        if memory is None or (memory.dtype, memory.device) != (dtype, device) or memory.numel() < size:
             with torch.inference_mode(False):  # to be written outside of that mode as well
-                self._memory[name], self._places[name] = torch.empty(size, dtype=dtype, device=device), place
-        return self._memory[name][:size].view(*shape)
+                memory = self._memory[name] = torch.empty(size, dtype=dtype, device=device)
+        return memory[:size].view(*shape)
 
     def hold(self, name: Hashable, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A copy of `tensor`, in `dtype` if that is given."""
@@ -34,7 +35,6 @@ class FixedMemory:
     def clear(self) -> None:
         """Free it."""
         self._memory.clear()
-        self._places.clear()
 
     @property
     def nbytes(self) -> int:

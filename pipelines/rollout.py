@@ -468,7 +468,8 @@ class WanRollout:
     ) -> torch.Tensor | None:
         transformer = self.pipe.transformer
         latents = self._inputs.hold(("latents", latents.shape[2]), latents, transformer.dtype)
-        timesteps = self._inputs.empty("timesteps", (self.batch_size, 1), torch.float32, self.device).fill_(timestep)
+        timesteps = self._inputs.empty("timesteps", (self.batch_size, 1), torch.float32, latents.device)
+        timesteps.fill_(timestep)
         frame_offset = start + self._position_shift
         plan = transformer.plan_forward(
             latents, cache, frame_offset, keys_values_only, self.conditions, timestep, embeds

@@ -100,9 +100,7 @@ def _make(
 ) -> None:
     """Load the model and render all videos, or say what they would take."""
     # 1. What an earlier run left
-    progress = None
-    if checkpointing is not None and config.prompts is None:
-        progress = find_progress(config.output, _config_of(config, jobs[0]), given, checkpointing)
+    progress = _progress_of(jobs[0], config, given, checkpointing) if config.prompts is None else None
 
     # 2. The model
     start = time.perf_counter()
@@ -194,9 +192,7 @@ def _render_all(run: _Run, jobs: list[Job]) -> None:
             continue
         try:
             with hold_output(job.output):
-                progress = None
-                if run.checkpointing is not None:
-                    progress = find_progress(job.output, _config_of(run.asked, job), run.given, run.checkpointing)
+                progress = _progress_of(job, run.asked, run.given, run.checkpointing)
                 _render_to_file(run, job, seed, progress)
         except Exception as error:
             from wan_autoregressive.scripts.cli import describe_error, print_error
@@ -239,6 +235,15 @@ def _render_to_file(run: _Run, job: Job, seed: int, progress: Progress | None) -
     size = f"{config.width * config.scale}x{config.height * config.scale}"
     rate = f"{times.frames_per_second:.2f} frames/s, first after {times.first_chunk_s or 0:.2f} s"
     print(f"{job.output}: {times.frames} frames of {size} in {times.total_s:.1f} s ({rate}), seed {seed}", flush=True)
+
+
+def _progress_of(
+    job: Job, asked: GenerateConfig, given: Pixels | None, checkpointing: Checkpointing | None
+) -> Progress | None:
+    """What an earlier run saved of a video; `find_progress` says what it raises."""
+    if checkpointing is None:
+        return None
+    return find_progress(job.output, _config_of(asked, job), given, checkpointing)
 
 
 def _config_of(config: GenerateConfig, job: Job) -> GenerateConfig:

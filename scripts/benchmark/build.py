@@ -127,8 +127,9 @@ def copy_on_the_same_weights(transformer: CausalWanTransformer3DModel) -> Causal
 
 def cast_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[str] | None = None) -> None:
     """Cast all parameters in place but those of the modules named in `keep`."""
+    kept = set(keep or ())
     for name, parameter in model.named_parameters():
-        if not set(keep or ()).intersection(name.split(".")):
+        if not kept.intersection(name.split(".")):
             parameter.data = parameter.data.to(dtype)
 
 

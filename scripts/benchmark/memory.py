@@ -16,9 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder
-from wan_autoregressive.pipelines import RolloutConfig, WanAutoregressivePipeline
+from wan_autoregressive.pipelines import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
-from wan_autoregressive.pipelines.rollout_plan import plan_rollout
 from wan_autoregressive.scripts.benchmark.build import (
     build_pipeline,
     cast_weights,
@@ -99,8 +98,7 @@ def plan_memory(settings: BenchmarkSettings) -> MemoryPlan:
     """
     settings = dataclasses.replace(settings, device="meta")
     pipe = build_pipeline(settings)
-    config = RolloutConfig(**rollout_settings(pipe, settings))
-    plan = plan_rollout(pipe, config, given_frames=0, batch_size=1)
+    plan = pipe.plan(**rollout_settings(pipe, settings))
     windowed = settings.window_frames is not None
     steady_chunk = settings.chunks_to_fill + 1 if windowed else settings.chunks - 1
     flops = flops_per_chunk(
@@ -188,7 +186,7 @@ def _count_forward(settings: BenchmarkSettings, chunk_index: int) -> tuple[WanRo
     with _FusedAttention():
         for index in range(chunk_index):
             rollout.cache.enable_append_mode()
-            for timestep in timesteps:
+            for timestep in timesteps if index == 0 else timesteps[:1]:  # each is embedded once
                 forward(timestep, index)
                 rollout.cache.enable_overwrite_mode()
             rollout.history.append(latents)

@@ -1,4 +1,4 @@
-"""Fixtures of saved rollouts and unfinished runs."""
+"""Fixtures of saved rollouts, unfinished runs and small models that work as large ones do."""
 
 import shutil
 from pathlib import Path
@@ -9,8 +9,15 @@ from saved_rollouts import start
 from saved_runs import CHUNK_STARTS, FRAMES, frames_of, words
 
 from wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive.models.lean_layers import LeanRMSNorm
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts import cli
+
+
+@pytest.fixture
+def short_tiles(monkeypatch):
+    """Norms work tile by tile, in as many as the tokens of a real model are."""
+    monkeypatch.setattr(LeanRMSNorm, "_TOKENS_AT_ONCE", 4)
 
 
 @pytest.fixture(scope="module")

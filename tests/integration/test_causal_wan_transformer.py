@@ -5,7 +5,8 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig, WanTransformer3DModel
 
 from wan_autoregressive import CausalWanTransformer3DModel, WanKVCache
-from wan_autoregressive.models.lean_layers import LeanRMSNorm
+
+pytestmark = pytest.mark.usefixtures("short_tiles")
 
 CONFIG = {
     "num_attention_heads": 4,
@@ -33,12 +34,6 @@ def models() -> tuple[WanTransformer3DModel, CausalWanTransformer3DModel]:
     causal = CausalWanTransformer3DModel(**CONFIG).eval()
     causal.load_state_dict(upstream.state_dict())
     return upstream, causal
-
-
-@pytest.fixture(autouse=True)
-def short_tiles(monkeypatch):
-    """Norms work tile by tile, in as many as the tokens of a real model are."""
-    monkeypatch.setattr(LeanRMSNorm, "_TOKENS_AT_ONCE", 4)
 
 
 @pytest.fixture

@@ -6,16 +6,11 @@ import pytest
 import torch
 
 from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler, WanAutoregressivePipeline
-from wan_autoregressive.models.lean_layers import LeanRMSNorm
+
+pytestmark = pytest.mark.usefixtures("short_tiles")
 
 NUM_LAYERS = 3
 CHUNKS = 20
-
-
-@pytest.fixture(autouse=True)
-def short_tiles(monkeypatch):
-    """Norms work tile by tile, in as many as the tokens of a real model are."""
-    monkeypatch.setattr(LeanRMSNorm, "_TOKENS_AT_ONCE", 4)
 
 
 def tiny_model() -> CausalWanTransformer3DModel:
