@@ -11,7 +11,7 @@ from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.token_buffer import Layout, TokenBuffer
 from wan_autoregressive.cache.token_window import Span, TokenWindow, WriteMode, WritePlan
-from wan_autoregressive.choices import KVDtype
+from wan_autoregressive.configs.choices import KVDtype
 
 
 @dataclass

@@ -10,7 +10,7 @@ from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.sliding_positions import SlidingPositions
 from wan_autoregressive.cache.token_window import WriteMode
-from wan_autoregressive.choices import KV_DTYPES, POSITION_MODES, KVDtype, PositionMode
+from wan_autoregressive.configs.choices import KV_DTYPES, POSITION_MODES, KVDtype, PositionMode
 
 
 class WanKVCache:

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.frame_grid import pixel_frames_of
 from wan_autoregressive.pipelines.prompts import Prompt, check_prompt
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -17,7 +17,8 @@ from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from wan_autoregressive.cache import MovingAverageSink, WanKVCache
-from wan_autoregressive.choices import KVDtype, PositionMode, RecacheSink, SinkUpdateMode, SwitchPolicy
+from wan_autoregressive.configs.choices import OutputType
+from wan_autoregressive.configs.rollout_config import RolloutConfig, RolloutSettings
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.streaming_vae import (
     StreamingVaeEncoder,
@@ -39,7 +40,6 @@ from wan_autoregressive.pipelines.prompts import (
     prompt_count,
 )
 from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.rollout_plan import RolloutPlan, plan_rollout
 from wan_autoregressive.pipelines.rollout_state import resume_rollout
 from wan_autoregressive.pipelines.source_video import SourceVideo
@@ -135,7 +135,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "np",
+        output_type: OutputType = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepEndFunction | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -264,128 +264,60 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        chunk_frames: int = 3,
-        first_chunk_frames: int | None = None,
-        window_frames: int | None = None,
-        sink_frames: int = 0,
-        context_noise: float = 0,
-        clean_pass: bool = True,
+        *,
         image: Any = None,
         video: Any = None,
         video_latents: torch.Tensor | None = None,
-        strength: float | None = None,
         prompt_schedule: Mapping[int, Prompt] | None = None,
-        switch_policy: SwitchPolicy = "recache",
-        recache_sink: RecacheSink = "keep",
-        flush_frames: int = 2,
-        cut_jump_frames: int = 42,
-        blend_chunks: int = 4,
-        position_mode: PositionMode = "absolute",
-        sink_update: SinkUpdateMode = "static",
-        sink_decay: float = 0.999,
-        kv_dtype: KVDtype | None = None,
-        park_vae_state: bool = False,
-        first_chunk_steps: tuple[float, ...] | list[float] | None = None,
-        num_inference_steps: int | None = None,
-        denoising_steps: tuple[float, ...] | list[float] | None = None,
-        guidance_scale: float = 1.0,
         num_videos_per_prompt: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
-        max_sequence_length: int = 512,
         on_step_end: StepCallback | None = None,
+        **settings: Unpack[RolloutSettings],
     ) -> WanRollout:
         """Start a video that the caller drives with `step()`.
 
         Arguments that [`__call__`] has too mean the same here; without `num_frames` (and `latents`) there is no end.
 
         Args:
-            chunk_frames (`int`, defaults to 3): Latent frames denoised together.
-            first_chunk_frames (`int`, *optional*): Those of the first chunk if it differs;
-                1 is an independent first frame.
-            window_frames (`int`, *optional*): Latent frames in the KV cache at most, sink and current chunk included.
-                `None` keeps the whole video; absolute positions then end it at 1024 latent frames.
-            sink_frames (`int`, defaults to 0): First latent frames that are never evicted.
-            context_noise (`float`, defaults to 0): Timestep of the pass that writes a finished chunk to the cache.
-            clean_pass (`bool`, defaults to `True`): Off, the keys and values of a chunk's last step stay in the cache.
-                Saves a forward per chunk; the past is then a noisy one, for which few models are trained.
             image: One image (PIL, array or tensor) to start from.
             video: A clip to extend: frames (PIL images, `(frames, height, width, 3)` uint8 or [0, 1] floats, tensors)
-                or a batch of such. Frames past a multiple of 4 plus 1 are dropped.
+                or a batch of such. Frames past a multiple of 4 plus 1 are dropped. With `strength` it is not given but
+                the source, frame by frame (any iterable, a camera too): every chunk starts from the noised encoding of
+                the matching source chunk, and the video ends with the source.
             video_latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Given
                 latents, normalised. Given frames come first in the video and count in `num_frames`.
-            strength (`float`, *optional*): Video to video: `video` is not given but the source, frame by frame (any
-                iterable, a camera too), and every chunk starts from the noised encoding of the matching source chunk.
-                Above 0 (the source) to 1 (all new): the share of the denoising steps that are made. The video ends
-                with the source.
             prompt_schedule (`dict[int, str | list[str] | torch.Tensor]`, *optional*): Prompts or embeddings by the
                 latent frame from which they hold; taken over at the next chunk boundary.
-            switch_policy (`str`, defaults to `"recache"`): `recache` rebuilds the window's keys and values under the
-                new prompt; `cross_attention` only changes the text, and the past goes on to speak of the old one;
-                `flush` keeps the sink and the newest `flush_frames` frames; `cut` does so and jumps
-                `cut_jump_frames` ahead in time; `blend` interpolates the embeddings over `blend_chunks` chunks.
-            recache_sink (`str`, defaults to `"keep"`): Whether the sink keeps the old prompt's keys and values, or
-                `refresh`: the oldest frames of the window become the new sink.
-            position_mode (`str`, defaults to `"absolute"`): `absolute` counts frames from the start of the video, up
-                to 1024; `relative` by their place in the window, without end; `sink_relative` is `relative` for nearly
-                nothing, see [`WanKVCache`]. All are equal until the first eviction.
-            sink_update (`str`, defaults to `"static"`): `moving_average` folds evicted frames into the sink, which
-                keeps `sink_decay` of itself each time (Reward-Forcing). Needs relative positions.
-            kv_dtype (`str`, *optional*): `int8` keeps the past as int8, see [`WanKVCache`]; else the model's dtype.
-            park_vae_state (`bool`, defaults to `False`): Keep the VAE decoder's state in CPU memory while nothing is
-                decoded: `plan().vae_state_bytes` less on the VAE's device for two transfers of them per chunk.
-            first_chunk_steps (`Sequence[float]`, *optional*): Own step list for the first generated chunk.
-            denoising_steps (`Sequence[float]`, *optional*): Own step list, see [`SelfForcingScheduler`].
+            on_step_end (`Callable`, *optional*): Called as `f(rollout, chunk, step, timestep, latents)` after every
+                denoising step, `step` counting over all chunks; returns the latents to go on with.
+            settings: The fields of a [`RolloutConfig`]: chunks, window, sink, steps, positions, prompt changes.
 
         Returns:
             [`WanRollout`]
 
         Raises:
             ValueError: arguments that cannot work, before any model runs.
+            TypeError: an argument that there is not.
         """
         # 1. Check inputs
         check_one_of(image=image, video=video, video_latents=video_latents)
         schedule = dict(prompt_schedule or {})
+        strength = settings.get("strength")
         if strength is not None and video is None:
             raise ValueError("strength is for video to video; pass the source as video")
         source, factor = video if strength is not None else None, self.vae_scale_factor_temporal
         given_frames = 0 if source is not None else given_latent_frames(image, video, video_latents, factor)
-        height, width = pixel_size(height, width, self.vae_scale_factor_spatial, latents, video_latents)
-        config = RolloutConfig(
-            height=height,
-            width=width,
-            num_frames=pixel_frames(num_frames, latents, given_frames, source, factor),
-            chunk_frames=chunk_frames,
-            first_chunk_frames=first_chunk_frames,
-            window_frames=window_frames,
-            sink_frames=sink_frames,
-            context_noise=context_noise,
-            clean_pass=clean_pass,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            denoising_steps=None if denoising_steps is None else tuple(denoising_steps),
-            switch_policy=switch_policy,
-            recache_sink=recache_sink,
-            flush_frames=flush_frames,
-            cut_jump_frames=cut_jump_frames,
-            blend_chunks=blend_chunks,
-            position_mode=position_mode,
-            sink_update=sink_update,
-            sink_decay=sink_decay,
-            kv_dtype=kv_dtype,
-            park_vae_state=park_vae_state,
-            first_chunk_steps=None if first_chunk_steps is None else tuple(first_chunk_steps),
-            strength=strength,
-            max_sequence_length=max_sequence_length,
-            output_type=output_type,
+        height, width = pixel_size(
+            settings.get("height"), settings.get("width"), self.vae_scale_factor_spatial, latents, video_latents
         )
+        num_frames = pixel_frames(settings.get("num_frames"), latents, given_frames, source, factor)
+        sizes = {"height": height, "width": width, "num_frames": num_frames}
+        config = RolloutConfig(**{**settings, **sizes})
+        max_sequence_length = config.max_sequence_length
         first_prompt = check_one_of(prompt=prompt, prompt_embeds=prompt_embeds)
         if first_prompt is None:
             first_prompt = check_one_of(required=True, prompt=schedule.pop(0, None), prompt_embeds=None)

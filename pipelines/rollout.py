@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 
 from wan_autoregressive.cache import WanKVCache
 from wan_autoregressive.cache.fixed_memory import FixedMemory
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents
 from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside, chunks_decoded_alongside
@@ -23,7 +24,6 @@ from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.prompt_switch import advance_blend, switch_prompt
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.rollout_state import fork_rollout, save_rollout
 from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
 from wan_autoregressive.pipelines.timings import StageTimings

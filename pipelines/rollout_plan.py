@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models.streaming_vae import vae_state_bytes
 from wan_autoregressive.pipelines.input_checks import check_sizes
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 
 if TYPE_CHECKING:
     from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline

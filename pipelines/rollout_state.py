@@ -17,9 +17,9 @@ import torch
 from wan_autoregressive._version import __version__
 from wan_autoregressive.cache.cache_state import cache_state, load_cache_state
 from wan_autoregressive.cache.fixed_memory import FixedMemory
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.pipelines.model_identity import check_same_model, model_identity
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.state_folder import read_state, write_state
 from wan_autoregressive.pipelines.state_values import pack, unpack
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan_autoregressive.choices import KV_DTYPES, POSITION_MODES
+from wan_autoregressive.configs.choices import KV_DTYPES, POSITION_MODES
 from wan_autoregressive.scripts.benchmark.presets import PRESETS
 from wan_autoregressive.scripts.benchmark.settings import (
     COMPILED_PARTS,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from wan_autoregressive.choices import KV_DTYPES, KVDtype, PositionMode, check_window
+from wan_autoregressive.configs.choices import KV_DTYPES, KVDtype, PositionMode
+from wan_autoregressive.configs.rollout_config import check_window
 from wan_autoregressive.scripts.benchmark.presets import PRESETS, Geometry
 
 DTYPES = ("float32", "bfloat16", "float16")

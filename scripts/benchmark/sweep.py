@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from wan_autoregressive.choices import POSITION_MODES, KVDtype, PositionMode
+from wan_autoregressive.configs.choices import POSITION_MODES, KVDtype, PositionMode
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.benchmark.build import start_rollout

@@ -6,7 +6,7 @@ import torch
 from wan_autoregressive import WanKVCache
 from wan_autoregressive.cache import MovingAverageSink
 from wan_autoregressive.cache.int8_buffer import dequantize, quantize
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.scripts.benchmark.counting import AllocationMode, StageCounts
 
 BATCH, HEADS, HEAD_DIM, CHUNK = 2, 3, 64, 12
