@@ -182,7 +182,7 @@ def _count_forward(settings: BenchmarkSettings, chunk_index: int) -> tuple[WanRo
     def forward(timestep: float, index: int) -> None:
         rollout.flow(latents, timestep, index * settings.chunk_frames, rollout.cache, rollout.prompt.embeds)
 
-    timesteps = [*rollout.scheduler.timesteps.tolist(), rollout.config.context_noise]
+    timesteps = [*rollout.schedulers[1].timesteps.tolist(), rollout.config.context_noise]
     with _FusedAttention():
         for index in range(chunk_index):
             rollout.cache.enable_append_mode()
