@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_checkpoint import make_tiny_checkpoint
 
 from wan_autoregressive import WanAutoregressivePipeline
-from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
 
 # Small tensors gain nothing from threads, and on a busy machine they lose by an order of magnitude.
 torch.set_num_threads(1)
