@@ -33,7 +33,7 @@ class AllocationMode(TorchDispatchMode):
     def __init__(
         self, counts: AllocationCounts, on_operation: Callable[[Any, tuple[Any, ...]], None] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts = counts
         self._on_operation = on_operation
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import nn
 
+from wan_autoregressive.configs.choices import OutputType
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
@@ -60,7 +61,7 @@ def prompt_embeds(workload: Workload) -> torch.Tensor:
 
 def start_rollout(pipe: WanAutoregressivePipeline, workload: Workload, decode: bool = True) -> WanRollout:
     """The rollout of this workload, with random text and noise."""
-    output_type = "pt" if decode and pipe.vae is not None else "latent"
+    output_type: OutputType = "pt" if decode and pipe.vae is not None else "latent"
     return pipe.rollout(
         **dataclasses.asdict(dataclasses.replace(workload.rollout, output_type=output_type)),
         prompt_embeds=prompt_embeds(workload),
