@@ -48,7 +48,7 @@ class _StageCounter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        transformer, vae = self._rollout.pipe.transformer, self._rollout.pipe.vae
+        transformer, codec = self._rollout.components.transformer, self._rollout.components.codec
         with ExitStack() as stack:
             hooks = [
                 transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -56,7 +56,7 @@ class _StageCounter:
             ]
             for index, block in enumerate(transformer.blocks):
                 hooks.append(block.attn1.to_out[0].register_forward_pre_hook(self._note_attention(index)))
-            for module in (vae.post_quant_conv, vae.decoder) if vae is not None else ():
+            for module in (codec.vae.post_quant_conv, codec.vae.decoder) if codec is not None else ():
                 hooks.append(module.register_forward_pre_hook(lambda *_: self._enter("decode")))
             for hook in hooks:
                 stack.callback(hook.remove)

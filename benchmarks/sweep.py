@@ -68,7 +68,7 @@ def run_sweep(bench: Bench, points: dict[str, Workload]) -> list[SweepRow]:
             chunk_tokens=point.chunk_tokens,
             window_tokens=point.window_tokens or 0,
             flops=sum(costs.flops for costs in costs_per_chunk(point, point.chunks_to_fill + 1).values()),
-            kv_cache_bytes=bench.pipe.plan(**asdict(point.rollout)).kv_cache_bytes or 0,
+            kv_cache_bytes=bench.pipe.estimate(**asdict(point.rollout)).kv_cache_bytes or 0,
             median_s=statistics.median(seconds[value]),
             seconds=seconds[value],
         )

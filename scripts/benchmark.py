@@ -86,7 +86,7 @@ def measure_rollout(pipe: WanAutoregressivePipeline, workload: Workload) -> Roll
     # The chunk that fills the window still follows a shorter clean pass.
     first_steady = 1 if workload.window_tokens is None else workload.chunks_to_fill
     steady = chunks[first_steady:] or chunks[-1:]
-    plan = pipe.plan(**dataclasses.asdict(workload.rollout))
+    held = pipe.estimate(**dataclasses.asdict(workload.rollout))
 
     def median_s(*stages: str) -> float:
         return statistics.median(sum(chunk.stage_s[stage] for stage in stages) for chunk in steady)
@@ -99,8 +99,8 @@ def measure_rollout(pipe: WanAutoregressivePipeline, workload: Workload) -> Roll
         frames_per_second_without_vae=steady[-1].pixel_frames / median_s("clean_pass", "denoise"),
         frames_per_second=steady[-1].pixel_frames / median_s(*STAGES) if workload.with_vae else None,
         weights_bytes=weights_bytes(pipe.transformer, pipe.vae),
-        kv_cache_bytes=plan.kv_cache_bytes or 0,
-        vae_state_bytes=plan.vae_state_bytes or 0,
+        kv_cache_bytes=held.kv_cache_bytes or 0,
+        vae_state_bytes=held.vae_state_bytes or 0,
         device_peak_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,
     )
 

@@ -37,7 +37,6 @@ def build_pipeline(workload: Workload) -> WanAutoregressivePipeline:
     if vae is not None and workload.vae_tiling:
         vae.enable_tiling()
     pipe = WanAutoregressivePipeline(None, None, transformer, vae, SelfForcingScheduler())
-    pipe.vae_scale_factor_spatial = workload.model.spatial_factor  # unknown to a pipeline without a VAE
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -13,7 +13,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder
+from wan_autoregressive.models.codec import codec_of
+from wan_autoregressive.pipelines.denoiser import Window
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode, flop_counter
 from wan_autoregressive.scripts.costs.build import build_pipeline, cast_weights, start_rollout, weights_bytes
@@ -73,7 +74,7 @@ def estimate_memory(workload: Workload) -> MemoryEstimate:
     """
     workload = dataclasses.replace(workload, device="meta")
     pipe = build_pipeline(workload)
-    plan = pipe.plan(**dataclasses.asdict(workload.rollout))
+    held = pipe.estimate(**dataclasses.asdict(workload.rollout))
     windowed = workload.rollout.window_frames is not None
     steady_chunk = workload.chunks_to_fill + 1 if windowed else workload.chunks - 1
     decode, decode_flops = count_decode(workload)
@@ -82,11 +83,11 @@ def estimate_memory(workload: Workload) -> MemoryEstimate:
         transformer_bytes=weights_bytes(pipe.transformer),
         vae_bytes=weights_bytes(pipe.vae),
         text_encoder_bytes=_text_encoder_bytes(workload),
-        kv_cache_bytes=plan.kv_cache_bytes or 0,
-        text_kv_bytes=plan.text_kv_bytes,
-        vae_state_bytes=plan.vae_state_bytes or 0,
+        kv_cache_bytes=held.kv_cache_bytes or 0,
+        text_kv_bytes=held.text_kv_bytes,
+        vae_state_bytes=held.vae_state_bytes or 0,
         latents_bytes=rollout.history.nbytes + _latents(workload).nbytes,
-        input_bytes=rollout.input_bytes,
+        input_bytes=rollout.denoiser.input_bytes,
         forward_peak_bytes=forward.peak_bytes,
         decode_peak_bytes=decode.peak_bytes,
         flops={stage: costs.flops for stage, costs in costs_per_chunk(workload, steady_chunk).items()}
@@ -100,8 +101,7 @@ def count_decode(workload: Workload) -> tuple[AllocationCounts, tuple[int, int]]
     if not workload.with_vae:
         return AllocationCounts(), (0, 0)
     workload = dataclasses.replace(workload, model=workload.model.with_layers(1), device="meta")
-    vae = build_pipeline(workload).vae
-    decoder, latents = StreamingVaeDecoder(vae), _latents(workload).to(vae.dtype)
+    decoder, latents = codec_of(build_pipeline(workload).vae).decoder(), _latents(workload)
     flops = []
     for _ in ("first", "later"):
         counts = AllocationCounts()
@@ -138,20 +138,18 @@ def _count_forward(workload: Workload, chunk_index: int) -> tuple[WanRollout, Al
 
     def forward(timestep: float, index: int) -> None:
         start = index * workload.rollout.chunk_frames
-        rollout.flow(latents, timestep, start, rollout.cache, rollout.prompt.embeds)
+        window = Window(range(start, start + workload.rollout.chunk_frames), (timestep,))
+        rollout.denoiser.predict(latents, window)
 
-    timesteps = [*rollout.scheduler.timesteps.tolist(), rollout.config.context_noise]
+    timesteps = [*rollout.schedulers[1].timesteps.tolist(), workload.rollout.context_noise]
+    counts = AllocationCounts()
     with _FusedAttention():
         for index in range(chunk_index):
-            rollout.cache.enable_append_mode()
             for timestep in timesteps if index == 0 else timesteps[:1]:  # each is embedded once
                 forward(timestep, index)
-                rollout.cache.enable_overwrite_mode()
             rollout.history.append(latents)
-    rollout.cache.enable_append_mode()
-    counts = AllocationCounts()
-    with _FusedAttention(), AllocationMode(counts):
-        forward(timesteps[0], chunk_index)
+        with AllocationMode(counts):
+            forward(timesteps[0], chunk_index)
     return rollout, counts
 
 

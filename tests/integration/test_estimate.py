@@ -40,18 +40,18 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
         rollout.step()
         counted.step()
     assert {stage: counts.flops for stage, counts in count_step(counted).items()} == estimate.flops
-    peaks: dict[str, list[int]] = {"_forward": [], "decode": []}
-    count_peaks(monkeypatch, rollout, "_forward", peaks)
+    peaks: dict[str, list[int]] = {"predict": [], "decode": []}
+    count_peaks(monkeypatch, rollout.denoiser, "predict", peaks)
     count_peaks(monkeypatch, rollout.vae_decoder, "decode", peaks)
     latents_bytes = rollout.history.nbytes + rollout.step().latents.nbytes
 
-    assert rollout.cache.allocated_bytes == estimate.kv_cache_bytes
-    assert rollout.conditions.text_kv_bytes == estimate.text_kv_bytes
+    assert rollout.denoiser.kv_cache_bytes == estimate.kv_cache_bytes
+    assert rollout.denoiser.text_kv_bytes == estimate.text_kv_bytes
     assert rollout.vae_decoder.state_bytes == estimate.vae_state_bytes
     assert latents_bytes == estimate.latents_bytes
-    assert rollout.input_bytes == estimate.input_bytes
+    assert rollout.denoiser.input_bytes == estimate.input_bytes
     assert peaks["decode"] == [estimate.decode_peak_bytes]
-    assert max(peaks["_forward"]) == estimate.forward_peak_bytes
+    assert max(peaks["predict"]) == estimate.forward_peak_bytes
 
 
 def count_peaks(monkeypatch, holder, name, peaks):
