@@ -303,8 +303,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             settings.get("height"), settings.get("width"), geometry.scale_factor_spatial, latents, video_latents
         )
         num_frames = pixel_frames(settings.get("num_frames"), latents, given_frames, source, factor)
-        sizes = {"height": height, "width": width, "num_frames": num_frames}
-        config = RolloutConfig(**{**settings, **sizes})
+        resolved: dict[str, Any] = {**settings, "height": height, "width": width, "num_frames": num_frames}
+        config = RolloutConfig(**resolved)
         first_prompt = check_one_of(prompt=prompt, prompt_embeds=prompt_embeds)
         if first_prompt is None:
             first_prompt = check_one_of(required=True, prompt=schedule.pop(0, None), prompt_embeds=None)

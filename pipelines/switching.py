@@ -138,7 +138,9 @@ class Blend(SwitchPolicy):
     chunks: int = 4
 
     def __post_init__(self) -> None:
-        self.reset()
+        self._old: PromptState | None = None
+        self._new: PromptState | None = None
+        self._chunks_done = 0
 
     @classmethod
     def from_config(cls, config: RolloutConfig) -> Self:
@@ -160,9 +162,7 @@ class Blend(SwitchPolicy):
             past.denoiser.set_prompt(PromptState(embeds, self._new.text))
 
     def reset(self) -> None:
-        self._old: PromptState | None = None
-        self._new: PromptState | None = None
-        self._chunks_done = 0
+        self._old, self._new, self._chunks_done = None, None, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"old": self._old, "new": self._new, "chunks_done": self._chunks_done}
