@@ -57,6 +57,9 @@ class Registry:
 
 SAMPLERS = Registry("sampler", {"chunkwise": "wan_autoregressive.pipelines.samplers.chunkwise:ChunkwiseSampler"})
 
+_SOLVERS = "wan_autoregressive.schedulers.step_solver"
+SOLVERS = Registry("solver", {"renoise": f"{_SOLVERS}:RenoiseSolver", "unipc": f"{_SOLVERS}:UniPCSolver"})
+
 _SWITCHING = "wan_autoregressive.pipelines.switching"
 SWITCH_POLICIES = Registry(
     "switch_policy",

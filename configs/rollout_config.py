@@ -18,7 +18,7 @@ from wan_autoregressive.configs.choices import (
     RecacheSink,
     SinkUpdateMode,
 )
-from wan_autoregressive.configs.registry import SAMPLERS, SWITCH_POLICIES
+from wan_autoregressive.configs.registry import SAMPLERS, SOLVERS, SWITCH_POLICIES
 
 
 class RolloutSettings(TypedDict, total=False):
@@ -33,6 +33,7 @@ class RolloutSettings(TypedDict, total=False):
     sink_frames: int
     sampler: str
     sampler_options: Mapping[str, Any]
+    solver: str
     num_inference_steps: int | None
     denoising_steps: tuple[float, ...] | list[float] | None
     first_chunk_steps: tuple[float, ...] | list[float] | None
@@ -86,6 +87,9 @@ class RolloutConfig:
     """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive)."""
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that sampler alone, by name."""
+    solver: str = "renoise"
+    """How a chunk goes from step to step: `renoise` predicts the clean chunk and noises it anew (Self-Forcing);
+    `unipc` is a multistep solver without noise between steps, for evenly spaced steps (LongLive 2.0)."""
     num_inference_steps: int | None = None
     """Evenly spaced denoising steps per chunk, instead of the scheduler's list."""
     denoising_steps: tuple[float, ...] | None = None
@@ -158,6 +162,7 @@ class RolloutConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(str, allowed))}")
         SAMPLERS.check(self.sampler)
+        SOLVERS.check(self.solver)
         SWITCH_POLICIES.check(self.switch_policy)
         check_window(self.window_frames, self.sink_frames, self.largest_chunk_frames)
         check_sink_update(self.sink_update, self.sink_frames, self.position_mode, self.kv_dtype)
