@@ -31,6 +31,7 @@ class RolloutSettings(TypedDict, total=False):
     first_chunk_frames: int | None
     window_frames: int | None
     sink_frames: int
+    given_in_chunk: bool
     sampler: str
     sampler_options: Mapping[str, Any]
     solver: str
@@ -82,6 +83,9 @@ class RolloutConfig:
     """Latent frames in the KV cache at most, sink and current chunk included; `None` keeps the whole video."""
     sink_frames: int = 0
     """First latent frames that are never evicted."""
+    given_in_chunk: bool = False
+    """Given frames that end inside of a chunk stay in it, at timestep 0, while its other frames are made around them
+    (LongLive 2.0's image to video). Off, they are a chunk of their own."""
 
     sampler: str = "chunkwise"
     """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive)."""

@@ -111,7 +111,8 @@ class WanComponents:
     def frame_grid(self, config: RolloutConfig, given_frames: int = 0) -> FrameGrid:
         """The video's chunks."""
         total = None if config.num_frames is None else self.geometry.latent_frames(config.num_frames)
-        return FrameGrid(config.chunk_frames, config.first_chunk_frames or config.chunk_frames, given_frames, total)
+        first = config.first_chunk_frames or config.chunk_frames
+        return FrameGrid(config.chunk_frames, first, given_frames, total, split_at_given=not config.given_in_chunk)
 
     # What a rollout starts with.
 

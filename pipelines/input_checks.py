@@ -61,9 +61,10 @@ def check_tensors(
     """Raise `ValueError` for noise, given latents or generators that do not fit the video."""
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"got {len(generator)} generators for {batch_size} videos; pass one for each, or only one")
-    total = components.frame_grid(config).total_frames
+    grid = components.frame_grid(config, given_frames)
+    total = grid.total_frames
     for name, tensor, frames in (
-        ("latents", latents, None if total is None else total - given_frames),
+        ("latents", latents, None if total is None else total - grid.first_generated_frame),
         ("video_latents", video_latents, given_frames),
     ):
         if tensor is None:

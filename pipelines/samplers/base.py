@@ -41,6 +41,8 @@ class SamplingContext:
     history: LatentHistory
     """Clean latents of the chunks that are done."""
     observer: StepObserver
+    given_latents: torch.Tensor | None = None
+    """`(batch, channels, frames, height, width)` that come first in the video."""
     source: SourceVideo | None = None
     """Of video to video."""
     timings: StageTimings | None = None
@@ -49,7 +51,7 @@ class SamplingContext:
     def scheduler_of(self, chunk: Chunk) -> SelfForcingScheduler:
         """The first generated chunk may have a step list of its own."""
         first, later = self.schedulers
-        return first if chunk.start == self.grid.given_frames else later
+        return first if chunk.start == self.grid.first_generated_frame else later
 
     def new_solver(self, chunk: Chunk) -> StepSolver:
         """For the steps of one chunk."""
@@ -65,7 +67,7 @@ class Sampler:
     """
 
     denoises_by_chunk: ClassVar[bool] = False
-    """Whether a chunk goes through its steps by itself, so that any solver will do."""
+    """Whether a chunk goes through its steps by itself, so that any solver will do and given frames may be in it."""
 
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
@@ -82,6 +84,8 @@ class Sampler:
                 f"sampler {config.sampler!r} noises frames anew between steps; it works with solver 'renoise', got "
                 f"{config.solver!r}"
             )
+        if config.given_in_chunk and not cls.denoises_by_chunk:
+            raise ValueError(f"given_in_chunk does not work with sampler {config.sampler!r}; leave it out")
 
     def prepare(self, chunk: Chunk) -> Chunk:
         """Take what a chunk needs from outside, before anything runs; it may come out shorter.

@@ -53,19 +53,34 @@ class ChunkwiseSampler(Sampler):
     def next_chunk(self, chunk: Chunk) -> torch.Tensor:
         context = self.context
         solver, noise = context.new_solver(chunk), context.noise
-        latents = noise.initial(chunk.start - context.grid.given_frames, chunk.num_frames)
+        latents = noise.initial(chunk.start - context.grid.first_generated_frame, chunk.num_frames)
         timesteps = solver.timesteps
         if self._source_latents is not None:
             timesteps = timesteps[len(timesteps) - context.config.num_source_steps(len(timesteps)) :]
             latents = context.scheduler_of(chunk).add_noise(self._source_latents, latents, timesteps[0])
         for timestep in timesteps:
-            flow = context.denoiser.predict(latents, Window(chunk.frames, (timestep,)))
-            latents = solver.step(flow, timestep, latents, noise.generator)
+            latents = self._with_given(chunk, latents)
+            flow = context.denoiser.predict(latents, Window(chunk.frames, self._timesteps(chunk, timestep)))
+            latents = self._with_given(chunk, solver.step(flow, timestep, latents, noise.generator))
             latents = context.observer.step_done(chunk, timestep, latents)
             if context.observer.interrupted:
                 break
         self._due = chunk.frames if context.config.clean_pass else None
         return latents
+
+    def _with_given(self, chunk: Chunk, latents: torch.Tensor) -> torch.Tensor:
+        """The latents of a chunk with the frames that were given in their places."""
+        given = self.context.given_latents
+        if given is None or not chunk.fixed_frames:
+            return latents
+        return torch.cat([given[:, :, chunk.start :], latents[:, :, chunk.fixed_frames :]], dim=2)
+
+    @staticmethod
+    def _timesteps(chunk: Chunk, timestep: float) -> tuple[float, ...]:
+        """Given frames are clean."""
+        if not chunk.fixed_frames:
+            return (timestep,)
+        return (0.0,) * chunk.fixed_frames + (timestep,) * (chunk.num_frames - chunk.fixed_frames)
 
     @classmethod
     def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
