@@ -197,7 +197,7 @@ class WanKVCache:
         num_frames: int,
         tokens_per_frame: int,
         max_positions: int,
-        rotation: Callable[[int], RotaryEmbedding],
+        rotation: Callable[[float], RotaryEmbedding],
     ) -> FramePositions:
         """After `begin_forward`: rotary positions of the chunk, having moved the keys that have to move for them.
 

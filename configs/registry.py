@@ -69,5 +69,6 @@ SWITCH_POLICIES = Registry(
         "flush": f"{_SWITCHING}:Flush",
         "cut": f"{_SWITCHING}:Cut",
         "blend": f"{_SWITCHING}:Blend",
+        "scene_cut": f"{_SWITCHING}:SceneCut",
     },
 )

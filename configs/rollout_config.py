@@ -125,7 +125,8 @@ class RolloutConfig:
     """What happens to the past when the prompt changes: `recache` rebuilds the window's keys and values under the new
     prompt (LongLive); `cross_attention` only changes the text; `flush` keeps the sink and the newest `flush_frames`
     frames, `cut` does so and jumps `cut_jump_frames` ahead in time (Infinity-RoPE); `blend` interpolates the
-    embeddings over `blend_chunks` chunks."""
+    embeddings over `blend_chunks` chunks; `scene_cut` begins a shot with first frames of its own beside the sink
+    (LongLive 2.0), its parameters are `switch_options`."""
     recache_sink: RecacheSink = "keep"
     """Whether a re-cache keeps the sink's keys and values of the old prompt, or `refresh`: the oldest frames of the
     window become the new sink."""
@@ -136,7 +137,8 @@ class RolloutConfig:
     blend_chunks: int = 4
     """Chunks that a blend takes from the old prompt to the new one."""
     switch_options: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters of a switch policy from another package, by name."""
+    """Parameters by name, of a switch policy that has no fields here: `position_offset`, `pin`, `clean_recache` and
+    `words` of `scene_cut`, and those of other packages."""
 
     park_vae_state: bool = False
     """Keep the VAE decoder's state in CPU memory between chunks: less GPU memory for two transfers per chunk."""

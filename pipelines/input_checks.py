@@ -40,7 +40,8 @@ def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: 
             f"window_frames {config.window_frames} (and cut_jump_frames) make positions up to "
             f"{config.highest_position}; the rotary table ends at {model.rope_max_seq_len}"
         )
-    if total is not None and (config.highest_position or total) > model.rope_max_seq_len:
+    endless = SWITCH_POLICIES.load(config.switch_policy).has_endless_positions
+    if not endless and total is not None and (config.highest_position or total) > model.rope_max_seq_len:
         longest = geometry.pixel_frames(model.rope_max_seq_len)
         raise ValueError(
             f"num_frames is {config.num_frames} ({total} latent frames); absolute positions end at "

@@ -36,6 +36,17 @@ def test_equals_the_original(name, sinusoid_dtype):
         ("d_window9_sink3", {"sink_frames": 2}),
         ("ll_switch_window9_sink3_keep", {"recache_sink": "refresh"}),
         ("ll_switch_window9_sink3_keep", {"switch_policy": "cross_attention"}),
+        ("ll2_t2v_48f", {"window_frames": 40}),
+        ("ll2_t2v_48f", {"sink_frames": 0}),
+        ("ll2_t2v_48f", {"context_noise": 100}),
+        ("ll2_t2v_48f", {"num_inference_steps": 5}),
+        ("ll2_t2v_48f", {"position_mode": "relative"}),
+        ("ll2_shots_56f", {"switch_policy": "cross_attention", "switch_options": {}}),
+        ("ll2_shots_56f", {"switch_policy": "recache", "switch_options": {}}),
+        *(
+            ("ll2_shots_56f", {"switch_options": {"words": "The scene transitions. ", **wrong}})
+            for wrong in ({"words": ""}, {"pin": False}, {"position_offset": 7.5}, {"clean_recache": True})
+        ),
     ],
 )
 def test_a_mistake_is_seen(name, mistake):
