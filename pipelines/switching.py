@@ -210,7 +210,8 @@ class SceneCut(SwitchPolicy):
     def __post_init__(self) -> None:
         if not (isinstance(self.position_offset, int | float) and 0 <= self.position_offset < math.inf):
             raise ValueError(f"position_offset is {self.position_offset!r}; it must be latent frames, 0 or more")
-        self.reset()
+        self._shot_start: int | None = None
+        """First frame of a shot whose first chunk is in the making."""
 
     @classmethod
     def from_config(cls, config: RolloutConfig) -> Self:
@@ -257,8 +258,7 @@ class SceneCut(SwitchPolicy):
         self._shot_start = None
 
     def reset(self) -> None:
-        self._shot_start: int | None = None
-        """First frame of a shot whose first chunk is in the making."""
+        self._shot_start = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"shot_start": self._shot_start}
