@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from wan_autoregressive.scripts.output_files import OutputFiles
+
 
 @contextmanager
 def hold_output(output: Path) -> Iterator[None]:
@@ -17,7 +19,7 @@ def hold_output(output: Path) -> Iterator[None]:
         ValueError: another run is at it.
         OSError: the folder cannot be written to.
     """
-    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    lock = FileLock(OutputFiles(output).lock)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
