@@ -47,6 +47,16 @@ def handle_stops(handler: Handler) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+@contextlib.contextmanager
+def delay_stops() -> Iterator[None]:
+    """Let a signal that comes within the block stop the program at its end."""
+    numbers: list[int] = []
+    with handle_stops(lambda number, frame: numbers.append(number)):
+        yield
+    if numbers:
+        raise Stopped(numbers[0])
+
+
 class SoftStop:
     """Within `soften` the first signal only sets `requested`; any further one stops at once."""
 
@@ -67,7 +77,8 @@ class SoftStop:
         return handle_stops(self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.check()
+        if self.requested:
+            raise Stopped(number)
         self._number = number
         # Not through sys.stderr, which may be in the middle of a write.
         with contextlib.suppress(OSError):

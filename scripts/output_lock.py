@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from wan_autoregressive.scripts.interrupts import delay_stops
 from wan_autoregressive.scripts.output_files import OutputFiles
 
 
@@ -21,12 +22,14 @@ def hold_output(output: Path) -> Iterator[None]:
     """
     lock = FileLock(OutputFiles(output).lock)
     try:
-        lock.acquire(timeout=0)
+        with delay_stops():  # a lock that is half taken would leave its file
+            lock.acquire(timeout=0)
+        yield
     except Timeout as error:
         raise ValueError(f"another run is writing '{output}'; wait for it, stop it, or give another output") from error
-    try:
-        yield
     finally:
-        with suppress(OSError):  # a system that cannot remove an open file keeps it
-            Path(lock.lock_file).unlink()
-        lock.release()
+        with delay_stops():
+            if lock.is_locked:
+                with suppress(OSError):  # a system that cannot remove an open file keeps it
+                    Path(lock.lock_file).unlink()
+            lock.release()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
@@ -39,7 +39,8 @@ class Checkpointing:
     resume: bool
 
 
-class Segment(TypedDict):
+@dataclass(frozen=True)
+class Segment:
     """A part of the video that is finished."""
 
     name: str
@@ -63,7 +64,7 @@ class Progress:
     @property
     def frames(self) -> int:
         """Pixel frames in the segments."""
-        return sum(segment["frames"] for segment in self.segments)
+        return sum(segment.frames for segment in self.segments)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Progress:
@@ -113,7 +114,7 @@ def find_progress(
             f"'{folder}' to start anew"
         )
     for segment in progress.segments:
-        _check_segment(folder / segment["name"], segment)
+        _check_segment(folder / segment.name, segment)
     return progress
 
 
@@ -153,7 +154,7 @@ def render_resumable(
     folder = OutputFiles(output).resume_folder
     rollout = pipe.resume(folder) if progress.segments else pipe.rollout(**arguments)
     folder.mkdir(exist_ok=True)
-    _remove_ours(folder, keep={segment["name"] for segment in progress.segments} | {"state.json"}, states=False)
+    _remove_ours(folder, keep={segment.name for segment in progress.segments} | {"state.json"}, states=False)
     with (
         _kept_on_failure(output, progress),
         tqdm(total=chunks, initial=rollout.chunks_done, desc=output.name, unit="chunk", disable=None) as bar,
@@ -162,7 +163,7 @@ def render_resumable(
             stop.check()
             _render_segment(rollout, config, folder, progress, every_chunks, stop, bar, decode_alongside)
         start = time.perf_counter()
-        found = join_segments([folder / segment["name"] for segment in progress.segments], output)
+        found = join_segments([folder / segment.name for segment in progress.segments], output)
         if found != progress.frames:
             raise VideoWriteError(f"'{output}' has {found} frames instead of {progress.frames}")
     times = RunTimes(**progress.times)
@@ -222,7 +223,7 @@ def _kept_on_failure(output: Path, progress: Progress) -> Iterator[None]:
         yield
     except BaseException as error:
         folder, part = OutputFiles(output).resume_folder, OutputFiles(output).part
-        covered = [folder / segment["name"] for segment in progress.segments]
+        covered = [folder / segment.name for segment in progress.segments]
         # Beyond the last checkpoint there may be a segment that was not finished, or not yet saved with a state.
         beyond = folder / f"segment-{len(covered):06d}.mp4"
         rest = [path for path in (beyond, beyond.with_suffix(".part.mp4")) if path.is_file()]
@@ -261,7 +262,7 @@ def _check_segment(path: Path, expected: Segment) -> None:
 
     if not path.is_file():
         raise ValueError(f"the segment '{path}' of the unfinished video is missing")
-    if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+    if path.stat().st_size != expected.bytes or file_sha256(path) != expected.sha256:
         raise ValueError(f"the segment '{path}' of the unfinished video is cut off or damaged")
 
 

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from saved_runs import assert_refused, contents, slowly, start, wait_until, words
+from saved_runs import assert_refused, assert_same_video, contents, slowly, start, wait_until, words
 
 from wan_autoregressive.scripts import cli
 from wan_autoregressive.scripts.output_files import OutputFiles
@@ -24,13 +24,14 @@ def test_a_second_run_is_refused_while_the_first_is_at_it(tiny_checkpoint: Path,
     assert sorted(contents(tmp_path)) == ["x.json", "x.mp4"]
 
 
-def test_a_run_that_was_killed_holds_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_holds_nothing(tiny_checkpoint: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.mp4"
     first = start(words(tiny_checkpoint, output), before=slowly)
     assert wait_until(lambda: (OutputFiles(output).resume_folder / "state.json").exists(), first)
     os.kill(first.pid or 0, signal.SIGKILL)
     first.join()
     assert cli.main(words(tiny_checkpoint, output, "--resume")) == 0
+    assert_same_video(output, uninterrupted, exact=True)
     assert sorted(contents(tmp_path)) == ["x.json", "x.mp4"]
 
 
