@@ -335,7 +335,8 @@ def test_while_it_runs_ahead_the_rollout_is_left_alone(pipe, tmp_path):
     actions = {"save": lambda: rollout.save(tmp_path), "fork": rollout.fork, "reset": rollout.reset}
     for verb, action in {**actions, "step": rollout.step}.items():
         with pytest.raises(
-            RuntimeError, match=f"cannot {verb} this rollout during a step; .* decodes alongside may still be open"
+            RuntimeError,
+            match=f"cannot {verb} this rollout while it is in use; .* decodes alongside may still be open",
         ):
             action()
     assert_same(list(chunks), list(start(pipe))[1:])

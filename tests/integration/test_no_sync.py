@@ -56,7 +56,7 @@ def meta_pipe():
 def run(pipe, monkeypatch, **options) -> None:
     """A rollout whose prompt changes; it has a first chunk, clean passes and evictions."""
     # The one wait per chunk that is meant, when all of it has been queued.
-    monkeypatch.setattr(rollout_module, "check_finite", lambda steps_finite, block: None)
+    monkeypatch.setattr(rollout_module, "check_finite", lambda steps_finite, pixels_finite, chunk: None)
     options = {**WINDOW, "generator": torch.Generator().manual_seed(0), "output_type": "latent", **options}
     embeds, new_embeds = prompt_embeds(SETTINGS), prompt_embeds(SETTINGS)
     negative = prompt_embeds(SETTINGS) if "guidance_scale" in options else None

@@ -47,7 +47,7 @@ def test_prompts_and_seeds_matter_and_repeat(pipe):
 def test_batches(pipe):
     frames = pipe(["one", "two"], **SIZE, num_frames=5, num_videos_per_prompt=2, generator=generator()).frames
     assert frames.shape == (4, 5, 32, 32, 3)
-    embeds = pipe.encode_for_rollout(["one", "two"], 2).embeds
+    embeds = pipe.wan_components().encode_prompt(["one", "two"], 2).embeds
     from_embeds = pipe(
         prompt_embeds=embeds, **SIZE, num_frames=5, num_videos_per_prompt=2, generator=generator()
     ).frames
@@ -64,7 +64,7 @@ def test_text_is_encoded_as_in_wan_pipeline(pipe):
     )
     with torch.no_grad():
         expected, _ = stock.encode_prompt("a red circle", do_classifier_free_guidance=False, max_sequence_length=512)
-    embeds = pipe.encode_for_rollout("a red circle", 1).embeds
+    embeds = pipe.wan_components().encode_prompt("a red circle", 1).embeds
     assert torch.equal(embeds, expected)
     assert embeds.shape[1] == 512
     assert embeds[:, 100:].abs().max() == 0
@@ -229,7 +229,7 @@ def test_components_that_are_missing_are_named(pipe):
     bare = WanAutoregressivePipeline(None, None, pipe.transformer, None, SelfForcingScheduler())
     with pytest.raises(ValueError, match="no text encoder"):
         bare("x", **SIZE, num_frames=5, output_type="latent")
-    embeds = pipe.encode_for_rollout("x", 1).embeds
+    embeds = pipe.wan_components().encode_prompt("x", 1).embeds
     with pytest.raises(ValueError, match="no VAE; use 'latent'"):
         bare(prompt_embeds=embeds, **SIZE, num_frames=5)
     with pytest.raises(ValueError, match="no VAE: pass video_latents"):

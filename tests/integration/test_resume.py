@@ -192,7 +192,12 @@ def written_memory(rollout) -> set[int]:
     """Where the tensors are that a rollout writes in place."""
     blocks = rollout.cache.block_caches
     tensors = [part for block in blocks for buffer in (block._key, block._value) for part in buffer.parts]
-    for memory in (rollout._inputs, rollout.conditions._fixed, rollout.conditions._text_kv, rollout.cache.slots):
+    for memory in (
+        rollout.denoiser.experts[0]._inputs,
+        rollout.conditions._fixed,
+        rollout.conditions._text_kv,
+        rollout.cache.slots,
+    ):
         assert memory.nbytes
         tensors += memory._memory.values()
     return {tensor.data_ptr() for tensor in tensors}
@@ -205,5 +210,5 @@ def test_a_fork_shares_no_memory_that_is_written(pipe, kv_dtype):
     fork = parent.fork()
     fork.step()
     assert not written_memory(parent) & written_memory(fork)
-    assert fork.pipe is parent.pipe
+    assert fork.components is parent.components
     assert fork._lock is not parent._lock
