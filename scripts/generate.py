@@ -90,34 +90,34 @@ def _worker(
     start = time.perf_counter()
     pipe = load_pipeline(config)
     load_s = time.perf_counter() - start
-    plan = plan_of(pipe, config, given)
+    estimate = estimate_of(pipe, config, given)
     stop = SoftStop()
     with stop.soften() if checkpointing is not None else nullcontext():
         yield RenderWorker(
-            *(pipe, config, secrets.randbelow(2**32) if config.seed is None else config.seed, given, plan.chunks),
+            *(pipe, config, secrets.randbelow(2**32) if config.seed is None else config.seed, given, estimate.chunks),
             *(load_s, checkpointing, arguments.decode_alongside, stop, print_note),
         )
 
 
-def plan_of(pipe: Any, config: GenerateConfig, given: Pixels | None) -> Any:
-    """What one video will take, from `pipe.plan`, which raises `ValueError` for what the model cannot do."""
+def estimate_of(pipe: Any, config: GenerateConfig, given: Pixels | None) -> Any:
+    """What one video will take, from `pipe.estimate`, which raises `ValueError` for what the model cannot do."""
     settings = config.rollout_settings()
     if given is None:
-        return pipe.plan(**settings)
+        return pipe.estimate(**settings)
     # Pixel frames to latent frames: the first is one of its own.
     latent_frames = (len(given) - 1) // LATENT_PIXEL_FRAMES + 1
     if config.rollout.strength is None:
-        return pipe.plan(**settings, given_frames=latent_frames)
+        return pipe.estimate(**settings, given_frames=latent_frames)
     source_frames = (latent_frames - 1) * LATENT_PIXEL_FRAMES + 1
-    return pipe.plan(**settings | {"num_frames": min(settings["num_frames"], source_frames)})
+    return pipe.estimate(**settings | {"num_frames": min(settings["num_frames"], source_frames)})
 
 
 def _print_dry_run(config: GenerateConfig, prompts: list[str], given: Pixels | None) -> None:
     pipe = load_pipeline(config)
-    plan = plan_of(pipe, config, given)
+    estimate = estimate_of(pipe, config, given)
     for prompt in prompts:
         check_prompts(pipe, config, prompt)
-    print(dry_run_text(with_model_defaults(config, pipe), plan, videos=len(prompts)))
+    print(dry_run_text(with_model_defaults(config, pipe), estimate, videos=len(prompts)))
 
 
 def _render_all(worker: RenderWorker, jobs: list[Job]) -> None:

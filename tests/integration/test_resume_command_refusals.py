@@ -15,7 +15,6 @@ from saved_runs import (
     words,
 )
 
-from wan_autoregressive.pipelines.rollout_state import save_rollout
 from wan_autoregressive.scripts import cli, resumable_render
 from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
 
@@ -85,7 +84,7 @@ def test_a_state_of_something_else_is_refused(tiny_checkpoint: Path, pipe, tmp_p
     rollout.save(tmp_path / "x.resume")
     for notes in (None, {}, {"arguments": {}, "given_sha256": None, "seed": 1, "segments": [{"name": "x"}]}, {"x": 1}):
         if notes is not None:
-            save_rollout(rollout, tmp_path / "x.resume", notes)
+            rollout.save(tmp_path / "x.resume", notes)
         before = contents(tmp_path)
         code = cli.main(words(tiny_checkpoint, tmp_path / "x.mp4", "--resume"))
         assert_refused(code, capfd, "holds a state that another version or another program saved")

@@ -22,7 +22,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arguments=st.lists(st.tuples(st.sampled_from(FLAGS), WORDS), max_size=6))
 def test_any_flags(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # there is no model in here, so nothing can be rendered
@@ -34,7 +34,7 @@ def test_any_flags(arguments, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(list(SETTING_NAMES)) | st.text(max_size=8), VALUES, max_size=6))
 def test_any_settings(values):
     needed = {"model": "m", "output": "o.mp4", "prompt": "a fox"}
@@ -47,7 +47,7 @@ def test_any_settings(values):
     assert len(message.splitlines()) == 1
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.one_of(st.binary(max_size=60), VALUES.map(lambda value: yaml.safe_dump(value).encode())))
 def test_any_yaml(content, tmp_path):
     path = tmp_path / "settings.yaml"
