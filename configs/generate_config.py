@@ -34,7 +34,7 @@ from wan_autoregressive.demo import DEMO
 SIZE_MULTIPLE = 16  # pixels: 8 per latent of the Wan 2.1 VAE, times a patch of 2
 TABLE_STEPS = 1000  # training timesteps of every Wan model
 MOST_FRAMES = 10_000_000  # pixel frames, a week at 16 per second; chunks are counted one by one before a run
-FRAME_TYPE: OutputType = "np"
+FRAME_TYPE: OutputType = "uint8"
 """The form in which the command asks for frames."""
 
 # What the command sets where a rollout leaves it open or does not end.

@@ -33,6 +33,8 @@ def describe_error(error: BaseException) -> str:
     words = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         words = words or "interrupted"
+    elif isinstance(error, MemoryError):
+        words = f"there is not enough memory{': ' if words else ''}{words}"
     elif isinstance(error, OSError) and error.strerror and error.filename is not None:
         words = f"{error.filename}: {error.strerror}"
     elif not isinstance(error, (ValueError, OSError, RuntimeError)):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get
 from cyclopts import App, CycloptsError, Group, Parameter
 from docstring_parser import parse_from_object
 
-from wan_autoregressive.configs import GenerateConfig, load_preset, resolve_config
+from wan_autoregressive.configs import GenerateConfig, load_preset, preset_names, resolve_config
 from wan_autoregressive.configs.generate_config import SETTING_NAMES
 from wan_autoregressive.configs.messages import one_line
 from wan_autoregressive.configs.presets import is_settings_file
@@ -94,18 +94,18 @@ def _settings_type() -> Any:
     }
     defaults = resolve_config({}).model_dump()
     names = sorted(SETTING_NAMES, key=lambda name: _EVERYDAY.index(name) if name in _EVERYDAY else len(_EVERYDAY))
-    return TypedDict(  # type: ignore[operator]
-        "Settings", {name: _flag(name, hints[name], texts[name], defaults[name]) for name in names}, total=False
-    )
+    flags = {name: _flag(name, hints[name], texts[name], defaults[name]) for name in names}
+    return TypedDict("Settings", flags, total=False)  # type: ignore[operator]
 
 
 Settings: Any = _settings_type()
+_CONFIG_HELP = f"Settings to start from: {', '.join(preset_names())}, or a yaml file; flags come on top."
 
 
 def _read(
     *,
-    settings: Annotated[Settings, Parameter(name="*")] = None,  # type: ignore[valid-type]
-    config: Annotated[str | None, Parameter(group=_FIRST)] = None,
+    settings: Annotated[Settings, Parameter(name="*")] = None,
+    config: Annotated[str | None, Parameter(group=_FIRST, help=_CONFIG_HELP)] = None,
     dry_run: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
     print_config: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
     checkpoint_every: Annotated[int | None, Parameter(group=_RUN)] = None,
@@ -116,7 +116,6 @@ def _read(
     """Read the flags.
 
     Args:
-        config: Settings to start from, a preset or a yaml file; flags come on top.
         dry_run: Print the settings and what they will take, and render nothing.
         print_config: Print the settings as a yaml file for --config, and end.
         checkpoint_every: Save what is done every so many chunks, so that --resume can go on after a crash or a stop.
@@ -124,30 +123,36 @@ def _read(
         decode_alongside: Decode a chunk while the next one is denoised: the same video; on a CPU not always faster.
         debug: Show the traceback of an error.
     """
-    flags: dict[str, Any] = dict(settings or {})
-    for name, value in flags.items():
-        if isinstance(value, dict):
-            flags[name] = {key: _value(word, f"--{name}.{key}") for key, word in value.items()}
-    file = {} if config is None else load_preset(config)
-    inputs = [Path(config)] if config is not None and is_settings_file(config) else []
-    inputs += [
-        Path(layer["prompt_changes"]) for layer in (file, flags) if isinstance(layer.get("prompt_changes"), str)
-    ]
-    if "prompt" in flags:
-        flags["prompt"], changes = split_timed_prompts(flags["prompt"])
-        if changes:
-            flags["prompt_changes"] = changes | (read_changes(flags.get("prompt_changes")) or {})
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
     if resume and checkpoint_every is None:
         raise ValueError("--resume goes on from checkpoints; give --checkpoint-every as well")
+    file = {} if config is None else load_preset(config)
+    flags = dict(settings or {})
     model = flags.get("model", file.get("model"))
     # The demo makes small videos only: its settings are the defaults where nothing else is said.
-    resolved = resolve_config(load_preset(DEMO) if str(model or DEMO) == DEMO else {}, file, flags)
-    inputs += [path for path in (resolved.image, resolved.video, resolved.prompts) if path is not None]
+    base = load_preset(DEMO) if str(model or DEMO) == DEMO else {}
+    resolved = resolve_config(base, file, _as_layer(flags))
+    files: list[Any] = [config if config is not None and is_settings_file(config) else None]
+    files += [layer.get("prompt_changes") for layer in (file, flags)]
+    files += [resolved.image, resolved.video, resolved.prompts]
+    inputs = tuple(Path(name) for name in files if isinstance(name, str | Path))
     return GenerateArguments(
-        resolved, tuple(inputs), model is not None, print_config, dry_run, checkpoint_every, resume, decode_alongside
+        resolved, inputs, model is not None, print_config, dry_run, checkpoint_every, resume, decode_alongside
     )
+
+
+def _as_layer(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the flags as a yaml file would have them."""
+    layer = dict(flags)
+    for name, value in flags.items():
+        if isinstance(value, dict):
+            layer[name] = {key: _value(word, f"--{name}.{key}") for key, word in value.items()}
+    if "prompt" in flags:
+        layer["prompt"], changes = split_timed_prompts(flags["prompt"])
+        if changes:
+            layer["prompt_changes"] = changes | (read_changes(flags.get("prompt_changes")) or {})
+    return layer
 
 
 def _value(word: Any, flag: str) -> Any:

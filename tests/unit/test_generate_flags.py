@@ -21,7 +21,7 @@ OTHER_WORDS = {
     **{"height": "64", "width": "96", "num_frames": "29", "kv_dtype": "int8", "strength": "0.5", "window_frames": "9"},
     **{"denoising_steps": "900,400", "first_chunk_steps": "800", "num_inference_steps": "2", "sink_frames": "1"},
     **{"position_mode": "relative", "sink_update": "moving_average", "switch_policy": "flush", "sink_decay": "0.5"},
-    **{"recache_sink": "refresh", "output_type": "uint8", "first_chunk_frames": "1"},
+    **{"recache_sink": "refresh", "output_type": "np", "first_chunk_frames": "1"},
 }
 # Fields that are refused without others.
 NEEDED: dict[str, list[str]] = {
