@@ -92,7 +92,7 @@ class GenerateConfig(BaseModel):
     image: FilePath | None = None
     """Image that becomes the first frame."""
     video: FilePath | None = None
-    """Clip whose frames come first and are continued; with strength the source, which is made anew."""
+    """Clip whose frames come first and are continued; with strength the source, made anew as far as num-frames."""
 
     fps: Annotated[float, Field(gt=0, le=1000)] = 16.0
     """Frames per second of the mp4."""

@@ -29,7 +29,7 @@ def first_difference(
         # A run of an older version does not know newer settings: it had what is their default now.
         was = earlier.get(name, defaults[name])
         now = present[name]
-        if name in ("model", "image", "video") and was is not None and now is not None:
+        if name in ("model", "image", "video") and isinstance(was, str) and now is not None:
             was, now = str(Path(was).resolve()), str(Path(now).resolve())
         if was != now:
             return f"{name.replace('_', '-')} was {_shown(was)} and is {_shown(now)} now"

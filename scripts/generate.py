@@ -20,7 +20,6 @@ from wan_autoregressive.scripts.earlier_runs import finished_seed
 from wan_autoregressive.scripts.errors import VideoIsWholeError, describe_error, print_error, print_note
 from wan_autoregressive.scripts.generate_flags import GenerateArguments, parse_flags
 from wan_autoregressive.scripts.generate_inputs import Job, Pixels, check_prompts, load_given, plan_jobs, read_prompts
-from wan_autoregressive.scripts.interrupts import SoftStop
 from wan_autoregressive.scripts.load_pipeline import (
     check_model_folder,
     load_pipeline,
@@ -66,10 +65,10 @@ def main(words: Sequence[str]) -> int:
     elif config.prompts is None:
         with hold_output(jobs[0].output):
             progress = find_progress(jobs[0].output, config_of(config, jobs[0]), given, checkpointing)
-            with _worker(arguments, config, checkpointing, given) as worker:
+            with _worker(arguments, checkpointing, given) as worker:
                 _print_outcome(worker.make(jobs[0], progress))
     else:
-        with _worker(arguments, config, checkpointing, given) as worker:
+        with _worker(arguments, checkpointing, given) as worker:
             _render_all(worker, jobs)
     return 0
 
@@ -84,19 +83,25 @@ def _checkpointing(arguments: GenerateArguments) -> Checkpointing | None:
 
 @contextmanager
 def _worker(
-    arguments: GenerateArguments, config: GenerateConfig, checkpointing: Checkpointing | None, given: Pixels | None
+    arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
 ) -> Iterator[RenderWorker]:
     """Load the model; within the block a signal waits for the end of a chunk if that is then saved."""
+    config = arguments.config
     start = time.perf_counter()
     pipe = load_pipeline(config)
-    load_s = time.perf_counter() - start
-    estimate = estimate_of(pipe, config, given)
-    stop = SoftStop()
-    with stop.soften() if checkpointing is not None else nullcontext():
-        yield RenderWorker(
-            *(pipe, config, secrets.randbelow(2**32) if config.seed is None else config.seed, given, estimate.chunks),
-            *(load_s, checkpointing, arguments.decode_alongside, stop, print_note),
-        )
+    worker = RenderWorker(
+        pipe,
+        config,
+        seed=secrets.randbelow(2**32) if config.seed is None else config.seed,
+        given=given,
+        load_s=time.perf_counter() - start,
+        chunks=estimate_of(pipe, config, given).chunks,
+        checkpointing=checkpointing,
+        decode_alongside=arguments.decode_alongside,
+        tell=print_note,
+    )
+    with worker.stop.soften() if checkpointing is not None else nullcontext():
+        yield worker
 
 
 def estimate_of(pipe: Any, config: GenerateConfig, given: Pixels | None) -> Any:
@@ -116,7 +121,9 @@ def _print_dry_run(config: GenerateConfig, prompts: list[str], given: Pixels | N
     pipe = load_pipeline(config)
     estimate = estimate_of(pipe, config, given)
     for prompt in prompts:
-        check_prompts(pipe, config, prompt)
+        warning = check_prompts(pipe, config, prompt)
+        if warning is not None:
+            print_note(warning)
     print(dry_run_text(with_model_defaults(config, pipe), estimate, videos=len(prompts)))
 
 

@@ -91,25 +91,29 @@ def load_given(config: GenerateConfig) -> Pixels | None:
     return given
 
 
-def check_prompts(pipe: Any, config: GenerateConfig, prompt: str) -> list[str]:
-    """Check all texts of one video against the model's vocabulary; the words that are not in it.
+def check_prompts(pipe: Any, config: GenerateConfig, prompt: str) -> str | None:
+    """Check all texts of one video against the tokenizer; a line on words that its vocabulary does not have, if any.
 
     Raises:
         ValueError: a text has more tokens than are kept, since the rest would be dropped in silence.
     """
-    longest = config.rollout.max_sequence_length
+    longest, unknown = config.rollout.max_sequence_length, pipe.tokenizer.unk_token_id
     changes = [(f"prompt at latent frame {frame}", text) for frame, text in config.prompt_schedule().items()]
-    unknown: dict[str, None] = {}  # a set that keeps the order
+    missing: dict[str, None] = {}  # a set that keeps the order
     for name, text in (("prompt", prompt), ("negative_prompt", config.negative_prompt), *changes):
         if text is None:
             continue
-        count = len(_token_ids(pipe, text))
-        if count > longest:
-            raise ValueError(f"{name} is too long: {count} tokens, and max_sequence_length is {longest}; shorten it")
-        if pipe.tokenizer.unk_token_id in _token_ids(pipe, text):
-            words = text.split()
-            unknown |= dict.fromkeys(w for w in words if pipe.tokenizer.unk_token_id in _token_ids(pipe, w))
-    return list(unknown)
+        tokens = _token_ids(pipe, text)
+        if len(tokens) > longest:
+            raise ValueError(
+                f"{name} is too long: {len(tokens)} tokens, and max_sequence_length is {longest}; shorten it"
+            )
+        if unknown in tokens:
+            missing |= dict.fromkeys(word for word in text.split() if unknown in _token_ids(pipe, word))
+    if not missing:
+        return None
+    words = ", ".join(f"'{word}'" for word in list(missing)[:10]) + (", …" if len(missing) > 10 else "")
+    return f"warning: the vocabulary of the model has no {words}; it reads every such word as unknown"
 
 
 def _token_ids(pipe: Any, text: str) -> list[int]:

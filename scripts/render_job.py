@@ -97,7 +97,9 @@ class RenderWorker:
             RuntimeError: something failed on the way (`VideoWriteError`, `VideoIsWholeError`, out of memory).
         """
         config = config_of(self.config, job)
-        self._check_words(config, job)
+        warning = check_prompts(self.pipe, config, job.prompt)
+        if warning is not None:
+            self.tell(warning)
         if self.checkpointing is None:
             seed, times = self.seed, self._render(config, job)
         else:
@@ -118,12 +120,6 @@ class RenderWorker:
         rate = f"{times.frames_per_second:.2f} frames/s, first after {times.first_chunk_s or 0:.2f} s"
         summary = f"{job.output}: {times.frames} frames of {size} in {times.total_s:.1f} s ({rate}), seed {seed}"
         return Outcome(job, "made", summary)
-
-    def _check_words(self, config: GenerateConfig, job: Job) -> None:
-        unknown = check_prompts(self.pipe, config, job.prompt)
-        if unknown:
-            words = ", ".join(f"'{word}'" for word in unknown[:10]) + (", …" if len(unknown) > 10 else "")
-            self.tell(f"warning: the vocabulary of the model has no {words}; it reads every such word as unknown")
 
     def _render(self, config: GenerateConfig, job: Job) -> RunTimes:
         """Render one video to its mp4, chunk by chunk, with a progress bar on a terminal."""

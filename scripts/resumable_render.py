@@ -8,6 +8,7 @@ crash left beyond it is rendered again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import re
@@ -24,7 +25,7 @@ from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.scripts.earlier_runs import first_difference
 from wan_autoregressive.scripts.interrupts import SoftStop
 from wan_autoregressive.scripts.output_files import OutputFiles
-from wan_autoregressive.scripts.run_report import RunTimes, write_chunk
+from wan_autoregressive.scripts.run_report import STAGES, RunTimes, write_chunk
 from wan_autoregressive.segments import join_segments
 from wan_autoregressive.video_writer import VideoWriteError, VideoWriter
 
@@ -59,7 +60,7 @@ class Progress:
     """Of the pixels that the video starts from."""
     seed: int
     segments: list[Segment] = dataclasses.field(default_factory=list)
-    times: dict[str, Any] = dataclasses.field(default_factory=lambda: dataclasses.asdict(RunTimes()))
+    times: RunTimes = dataclasses.field(default_factory=RunTimes)
 
     @property
     def frames(self) -> int:
@@ -72,7 +73,10 @@ class Progress:
         from wan_autoregressive.pipelines.state_folder import read_content
 
         try:
-            return TypeAdapter(cls).validate_python(read_content(folder)["notes"])
+            progress = TypeAdapter(cls).validate_python(read_content(folder)["notes"])
+            if progress.times.stages.keys() != set(STAGES):
+                raise KeyError(f"stages {', '.join(STAGES)}")
+            return progress
         except (ValidationError, KeyError, TypeError) as error:
             raise ValueError(f"'{folder}' holds a state that another version or another program saved") from error
 
@@ -166,7 +170,7 @@ def render_resumable(
         found = join_segments([folder / segment.name for segment in progress.segments], output)
         if found != progress.frames:
             raise VideoWriteError(f"'{output}' has {found} frames instead of {progress.frames}")
-    times = RunTimes(**progress.times)
+    times = progress.times
     times.stages["encode"] += time.perf_counter() - start
     times.total_s += time.perf_counter() - start
     return times
@@ -196,7 +200,7 @@ def _render_segment(
     """Render up to `every_chunks` chunks to a new segment and save the state that goes with it."""
     from wan_autoregressive.pipelines.state_folder import file_sha256
 
-    times = RunTimes(**progress.times)
+    times = copy.deepcopy(progress.times)
     start = time.perf_counter() - times.total_s
     path = folder / f"segment-{len(progress.segments):06d}.mp4"
     end = rollout.chunks_done + every_chunks
@@ -210,7 +214,7 @@ def _render_segment(
         name=path.name, frames=writer.frames_written, bytes=path.stat().st_size, sha256=file_sha256(path)
     )
     times.total_s = time.perf_counter() - start
-    after = dataclasses.replace(progress, segments=[*progress.segments, segment], times=dataclasses.asdict(times))
+    after = dataclasses.replace(progress, segments=[*progress.segments, segment], times=times)
     rollout.save(folder, notes=dataclasses.asdict(after))
     progress.segments, progress.times = after.segments, after.times
 

@@ -1,5 +1,6 @@
 """`wan-ar generate --resume` with other arguments or a damaged state: one line, exit code 2, nothing touched."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -82,7 +83,15 @@ def test_nothing_saved_starts_from_the_beginning_and_says_so(tiny_checkpoint: Pa
 def test_a_state_of_something_else_is_refused(tiny_checkpoint: Path, pipe, tmp_path: Path, capfd) -> None:
     rollout = pipe.rollout("a", height=32, width=48, num_frames=9)
     rollout.save(tmp_path / "x.resume")
-    for notes in (None, {}, {"arguments": {}, "given_sha256": None, "seed": 1, "segments": [{"name": "x"}]}, {"x": 1}):
+    empty = dataclasses.asdict(resumable_render.Progress({}, None, 1))
+    odd = [{"times": {"stages": {}}}, {"segments": [3]}, {"seed": "x"}, {"arguments": 3}]
+    for notes in (
+        None,
+        {},
+        *(empty | change for change in odd),
+        {"arguments": {}, "given_sha256": None, "seed": 1, "segments": [{"name": "x"}]},
+        {"x": 1},
+    ):
         if notes is not None:
             rollout.save(tmp_path / "x.resume", notes)
         before = contents(tmp_path)
