@@ -203,12 +203,12 @@ def test_a_prompts_file_goes_on_where_it_was(tiny_checkpoint: Path, tmp_path: Pa
 def test_prompt_changes_and_given_frames_are_resumed(tiny_checkpoint: Path, tmp_path: Path, capfd) -> None:
     clip = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
     iio.imwrite(tmp_path / "image.png", clip)
-    more = ["--image", str(tmp_path / "image.png"), "--num-frames", "33"]
-    more += ["--prompt", "0: a red fox", "--prompt", "6: rain"]
+    more = ["--image", str(tmp_path / "image.png"), "--num-frames", "21"]
+    more += ["--prompt", "0: a red fox", "--prompt", "4: rain"]
     assert cli.main(words(tiny_checkpoint, tmp_path / "a.mp4", *more)) == 0
     with pytest.MonkeyPatch.context() as patch:
         step = WanRollout.step
-        patch.setattr(WanRollout, "step", lambda self: step(self) if self.chunks_done < 5 else 1 / 0)
+        patch.setattr(WanRollout, "step", lambda self: step(self) if self.chunks_done < EVERY + 1 else 1 / 0)
         assert cli.main(words(tiny_checkpoint, tmp_path / "b.mp4", *more)) == 1
     assert cli.main(words(tiny_checkpoint, tmp_path / "b.mp4", *more, "--resume")) == 0
     assert np.array_equal(frames_of(tmp_path / "a.mp4"), frames_of(tmp_path / "b.mp4"))

@@ -51,13 +51,14 @@ def words_for(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RolloutConfig)])
 def test_every_setting_of_a_rollout_has_one_name(name: str, tmp_path: Path) -> None:
-    from_flags = parse("--model", "m", *NEEDED.get(name, []), *words_for(name)).config
+    needed = NEEDED.get(name, [])
+    from_flags = parse("--model", "m", *needed, *words_for(name)).config
     value = getattr(from_flags.rollout, name)
-    assert name == "sampler" or value != getattr(parse("--model", "m").config.rollout, name)
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump({name: value if not isinstance(value, tuple) else list(value)}))
-    assert parse("--model", "m", "--config", str(tmp_path / "a.yaml"), *NEEDED.get(name, [])).config == from_flags
-    others = {words[2:].replace("-", "_"): word for words, word in zip(*[iter(NEEDED.get(name, []))] * 2, strict=True)}
-    assert resolve_config({"model": "m", **others, name: value}) == from_flags
+    assert name == "sampler" or value != getattr(resolve_config({}).rollout, name)
+    others = {flag[2:].replace("-", "_"): word for flag, word in zip(needed[::2], needed[1::2], strict=True)}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({name: list(value) if isinstance(value, tuple) else value}))
+    for layer in ({name: value}, load_preset(str(tmp_path / "a.yaml"))):
+        assert resolve_config({"model": "m"}, others, layer) == from_flags
 
 
 def test_a_new_setting_is_a_new_flag(tmp_path: Path) -> None:
