@@ -32,7 +32,6 @@ class _OpenWindow:
     key: TokenBuffer
     value: TokenBuffer
     slots: OpenSlots
-    num_tokens: int
 
 
 class WanKVBlockCache:
@@ -107,8 +106,7 @@ class WanKVBlockCache:
         if slots is None or slots.chunk.device != device:
             past = None if plan.past is None else self._numbers("past", plan.past, device)
             slots = OpenSlots(self._numbers("chunk", plan.spans, device), past)
-        windows = self._key.window(length), self._value.window(length)
-        self._open = _OpenWindow(*windows, slots, self._planned_tokens)
+        self._open = _OpenWindow(self._key.window(length), self._value.window(length), slots)
         return slots
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,17 +132,22 @@ class WanKVBlockCache:
             self.open(key)
         window = self._open
         assert window is not None
-        _check_tokens(key, window.num_tokens)
+        chunk, past = window.slots.chunk, window.slots.past
+        if past is None:
+            _check_tokens(key, chunk.shape[0])
         if _layout(key) != window.key.layout:
             raise ValueError(
                 f"the cache holds (batch, heads, head_dim, dtype, device) {window.key.layout} but got "
                 f"{_layout(key)}. Call reset() between videos, and keep one cache per batch"
             )
-        chunk, past = window.slots.chunk, window.slots.past
         attended = []
         for buffer, tokens in ((window.key, key), (window.value, value)):
-            buffer.put(chunk, tokens[:, : chunk.shape[0]])
-            attended.append(buffer.attended(chunk, tokens) if past is None else buffer.seen(past, tokens))
+            if past is None:
+                buffer.put(chunk, tokens)
+                attended.append(buffer.attended(chunk, tokens))
+            else:
+                buffer.put(chunk, tokens[:, : chunk.shape[0]])
+                attended.append(buffer.seen(past, tokens))
         return attended[0], attended[1]
 
     def commit(self) -> None:

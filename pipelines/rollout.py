@@ -23,6 +23,7 @@ from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
 from wan_autoregressive.pipelines.denoiser import Denoiser
 from wan_autoregressive.pipelines.finite_check import check_finite
 from wan_autoregressive.pipelines.frame_grid import Chunk
+from wan_autoregressive.pipelines.input_checks import check_extensions
 from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
@@ -30,7 +31,7 @@ from wan_autoregressive.pipelines.prompts import Prompt, PromptState
 from wan_autoregressive.pipelines.rollout_state import read_rollout_state, write_rollout_state
 from wan_autoregressive.pipelines.samplers import Sampler, SamplingContext
 from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
-from wan_autoregressive.pipelines.switching import Past, PromptSwitching
+from wan_autoregressive.pipelines.switching import SWITCH_SETTINGS, Past, PromptSwitching
 from wan_autoregressive.pipelines.timings import StageTimings
 from wan_autoregressive.pipelines.video_frames import pixels_as
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
@@ -176,6 +177,22 @@ class WanRollout:
         with self._seconds_lock:
             spent = self._seconds_before.get("text", 0.0) + time.perf_counter() - started
             self._seconds_before["text"] = spent
+
+    def change(self, **settings: Any) -> None:
+        """Use other settings from the next chunk on, see `configs.rollout_config.CHANGEABLE`.
+
+        Raises:
+            ValueError: a setting that a video cannot change, or a value that cannot work.
+            RuntimeError: during a step.
+        """
+        with self.held("change"):
+            config = self.config.changed(**settings)
+            check_extensions(config)
+            self.schedulers = self.components.schedulers(config, dict(self.schedulers[1].config))
+            self._context.schedulers, self._context.config, self.config = self.schedulers, config, config
+            self.denoiser.guidance_scale = config.guidance_scale
+            if not settings.keys().isdisjoint(SWITCH_SETTINGS):
+                self.switching.use_policy_of(config)
 
     def replace_embeds(self, embeds: torch.Tensor, negative_embeds: torch.Tensor | None) -> None:
         """Use other embeddings of the same prompt from the next forward on, without touching the cache."""

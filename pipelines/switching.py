@@ -19,6 +19,11 @@ from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.samplers.base import Sampler
 
+SWITCH_SETTINGS = frozenset(
+    {"switch_policy", "recache_sink", "flush_frames", "cut_jump_frames", "blend_chunks", "switch_options"}
+)
+"""What of the settings makes a policy."""
+
 
 @dataclass
 class Past:
@@ -174,10 +179,14 @@ class PromptSwitching:
     """
 
     def __init__(self, config: RolloutConfig, schedule: dict[int, PromptState]) -> None:
-        self.policy: SwitchPolicy = SWITCH_POLICIES.load(config.switch_policy).from_config(config)
+        self.use_policy_of(config)
         self._schedule = dict(sorted(schedule.items()))
         self._next: PromptState | None = None
         self._lock = threading.Lock()
+
+    def use_policy_of(self, config: RolloutConfig) -> None:
+        """Take the policy that the settings name; a change under way under the old one stays as it is."""
+        self.policy: SwitchPolicy = SWITCH_POLICIES.load(config.switch_policy).from_config(config)
 
     def set_next(self, prompt: PromptState) -> None:
         """Take a prompt over at the next chunk that begins; of several the last. Safe from any thread."""

@@ -101,7 +101,7 @@ def test_reset_after_a_resume_starts_the_same_video_anew(pipe, tmp_path):
     rollout.save(tmp_path)
     resumed = pipe.resume(tmp_path)
     resumed.reset()
-    resumed.generator.manual_seed(0)
+    resumed.noise.generator.manual_seed(0)
     assert_same(list(resumed), expected)
 
 
@@ -111,8 +111,8 @@ def test_one_generator_for_two_videos_stays_one(pipe, tmp_path):
     rollout.step()
     rollout.save(tmp_path)
     resumed, fork = pipe.resume(tmp_path), rollout.fork()
-    assert resumed.generator[0] is resumed.generator[1]
-    assert fork.generator[0] is fork.generator[1] is not shared
+    assert resumed.noise.generator[0] is resumed.noise.generator[1]
+    assert fork.noise.generator[0] is fork.noise.generator[1] is not shared
     expected = list(rollout)
     assert_same(list(resumed), expected)
     assert_same(list(fork), expected)
@@ -122,7 +122,7 @@ def test_without_a_generator_the_global_state_is_used(pipe, tmp_path):
     rollout = start(pipe, generator=None)
     rollout.save(tmp_path)
     resumed = pipe.resume(tmp_path)
-    assert resumed.generator is None
+    assert resumed.noise.generator is None
     torch.manual_seed(3)
     expected = rollout.step()
     torch.manual_seed(3)
