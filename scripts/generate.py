@@ -16,8 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from wan_autoregressive.configs import GenerateConfig
-from wan_autoregressive.contact_sheet import write_contact_sheet
 from wan_autoregressive.demo import DEMO
+from wan_autoregressive.media.contact_sheet import write_contact_sheet
+from wan_autoregressive.media.video_writer import VideoWriter
 from wan_autoregressive.scripts.earlier_runs import finished_seed
 from wan_autoregressive.scripts.generate_flags import (
     add_config_flags,
@@ -44,7 +45,6 @@ from wan_autoregressive.scripts.resumable_render import (
     render_resumable,
 )
 from wan_autoregressive.scripts.run_report import RunTimes, describe_device, dry_run_text, write_chunk, write_report
-from wan_autoregressive.video_writer import VideoWriter
 
 
 class VideosFailedError(RuntimeError):

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from wan_autoregressive.configs import GenerateConfig
-from wan_autoregressive.media import load_image, load_video
-from wan_autoregressive.video_writer import check_video_target, check_writable_folder
+from wan_autoregressive.media.reading import load_image, load_video
+from wan_autoregressive.media.video_writer import check_video_target, check_writable_folder
 
 Pixels = npt.NDArray[np.uint8]
 
