@@ -78,16 +78,15 @@ def test_a_clip_can_be_resampled_to_another_rate(tmp_path: Path, fps: float, fra
     assert len(load_video(tmp_path / "a.mp4", 16, 16, fps=fps)) == frames
 
 
-@pytest.mark.parametrize("where", ["between", "after the last"])
-def test_a_gap_of_days_is_filled_no_further_than_is_read(tmp_path: Path, where: str) -> None:
-    levels = _clip(tmp_path / "a.mp4").astype(int)
-    late = "ts=if(gt(N\\,3)\\,TS+2e5/TB\\,TS)" if where == "between" else "duration=if(eq(N\\,7)\\,2e5/TB\\,DURATION)"
-    change = ["-c", "copy", "-bsf:v", f"setts={late}"]
-    command = [ffmpeg.ffmpeg_executable(), "-v", "error", "-i", str(tmp_path / "a.mp4"), *change]
-    subprocess.run([*command, str(tmp_path / "gap.mp4")], check=True)
+def test_a_gap_of_a_day_is_filled_no_further_than_is_read(tmp_path: Path) -> None:
+    """Left to itself ffmpeg fills all of it at once, which takes minutes and gigabytes."""
+    levels = _clip(tmp_path / "a.mp4", frames=60).astype(int)
+    command = [ffmpeg.ffmpeg_executable(), "-v", "error", "-i", str(tmp_path / "a.mp4"), "-c", "copy"]
+    subprocess.run(
+        [*command, "-bsf:v", r"setts=ts=if(gt(N\,3)\,TS+1e5/TB\,TS)", str(tmp_path / "gap.mp4")], check=True
+    )
     clip = load_video(tmp_path / "gap.mp4", 16, 16, max_frames=40, fps=16)
-    shown = np.repeat(np.arange(8), 2)
-    shown = np.concatenate([shown[:8], np.full(32, 3)] if where == "between" else [shown, np.full(24, 7)])
+    shown = np.minimum(np.arange(40) // 2, 3)
     assert np.abs(clip.mean(axis=(1, 2, 3)) - levels[shown]).max() <= 3
 
 
