@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,26 +229,31 @@ def test_truncated_files(kept: float, kind: str, tmp_path: Path, original: dict[
     one_line_error(path, "damaged")
 
 
-class Payload:
-    """Unpickled without care, it creates a file."""
+class Call:
+    """Unpickled without care, it calls a function."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
 
     def __reduce__(self) -> Any:
-        return (Path.touch, (self.target,))
+        return self.call
 
 
+@pytest.mark.parametrize("function", [Path.touch, os.mkfifo, os.popen, eval, open, functools.partial])
 @pytest.mark.parametrize("writer", ["torch", "torch legacy", "pickle"])
-def test_a_pickle_with_code_is_refused_and_not_run(writer: str, tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(
+    writer: str, function: Callable[..., Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     path, target = tmp_path / "x.pt", tmp_path / "touched"
-    content = {"generator": {"a": torch.zeros(1), "b": Payload(target)}}
+    argument = target if function is Path.touch else f"open({str(target)!r}, 'w')" if function is eval else str(target)
+    content = {"generator": {"a": torch.zeros(1), "b": Call(function, argument)}}
     if writer == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
-    one_line_error(path, "refused" if writer != "pickle" else "checkpoint")
+    one_line_error(path, "refused, because reading them could run code")
     assert not target.exists()
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
