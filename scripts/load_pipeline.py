@@ -71,10 +71,11 @@ def check_model_folder(folder: Path) -> None:
                 names.setdefault(path.parent.name, set()).update(file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"the weights in '{path}' are damaged or cut off: {error}") from error
-    for component in _LAYER_NAMES:
-        config_path = folder / component / "config.json"
-        if names[component] and config_path.is_file():
-            check_layers(component, read_json(config_path), names[component], config_path)
+    for config_path in (folder / component / "config.json" for component in ("transformer", "text_encoder", "vae")):
+        component = config_path.parent.name
+        config = read_json(config_path) if config_path.is_file() else {}
+        if component in _LAYER_NAMES and names[component]:
+            check_layers(component, config, names[component], config_path)
 
 
 def check_layers(component: str, config: dict[str, Any], names: Iterable[str], config_path: Path) -> None:
