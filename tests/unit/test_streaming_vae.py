@@ -32,7 +32,9 @@ WAN22 |= {"in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_
 EARLY = WAN21 | {"temperal_downsample": [True, True, False], "dim_mult": [1, 2, 2, 2]}
 CONFIGS = {"wan21": WAN21, "wan22": WAN22, "early": EARLY}
 MODES = ["whole", "sliced", "tiled", "tiled sliced"]
-CASES = [(kind, mode) for kind in ("wan21", "wan22") for mode in MODES] + [("early", "tiled")]
+CASES = [(kind, mode) for kind in ("wan21", "wan22") for mode in ("whole", "tiled", "tiled sliced")] + [
+    ("early", "tiled")
+]
 BATCH, FRAMES = 2, 4
 
 both_kinds = pytest.mark.parametrize("kind", ["wan21", "wan22"])
@@ -149,10 +151,9 @@ def test_decode_equals_whole_decode(kind, mode):
     latents = 2 * random_latents(vae, width=5 if "tiled" in mode else 4)
     whole = vae.decode(latents).sample
     assert (whole.abs() == 1).any(), "nothing is clamped: the clamp would go unchecked"
-    for lengths in [[4], [1, 2, 1]]:
-        stream = StreamingVaeDecoder(vae)
-        assert torch.equal(decode_in(stream, latents, lengths), whole), lengths
-        assert stream.latent_frames_done == FRAMES
+    stream = StreamingVaeDecoder(vae)
+    assert torch.equal(decode_in(stream, latents, [1, 2, 1]), whole)
+    assert stream.latent_frames_done == FRAMES
 
 
 @pytest.mark.parametrize(("kind", "mode"), CASES)
@@ -160,10 +161,9 @@ def test_encode_equals_whole_encode(kind, mode):
     vae = make_vae(kind, mode)
     video = random_video(vae, width=5 if "tiled" in mode else 4)
     whole = vae.encode(video).latent_dist.parameters
-    for lengths in [[3], [1, 1, 1]]:
-        stream = StreamingVaeEncoder(vae)
-        assert torch.equal(encode_in(stream, video, lengths), whole), lengths
-        assert stream.latent_frames_done == 3
+    stream = StreamingVaeEncoder(vae)
+    assert torch.equal(encode_in(stream, video, [1, 2]), whole)
+    assert stream.latent_frames_done == 3
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -188,8 +188,7 @@ def test_any_size_and_any_split(kind, mode, lengths, size, seed):
         assert torch.equal(got, whole) or area % 16
 
 
-@both_kinds
-@pytest.mark.parametrize("mode", ["whole", "tiled"])
+@pytest.mark.parametrize(("kind", "mode"), [("wan21", "tiled"), ("wan22", "whole")])
 def test_bfloat16_equals_whole(kind, mode):
     vae = make_vae(kind, mode).to(torch.bfloat16)
     latents = random_latents(vae, 3, batch=1).bfloat16()
@@ -252,8 +251,11 @@ def test_two_interleaved_streams_equal_each_alone(kind):
     assert torch.equal(torch.cat(outs[1], dim=2), vae.decode(right).sample)
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("wan21", "whole"), ("wan22", "whole"), ("wan21", "tiled")])
-@pytest.mark.parametrize("done", [0, 1, 2])
+# After no frame there is nothing, after one there are markers, after two everything is a tensor.
+@pytest.mark.parametrize(
+    ("kind", "mode", "done"),
+    [("wan21", "whole", 0), ("wan22", "whole", 1), ("wan21", "whole", 2), ("wan21", "tiled", 1)],
+)
 def test_fork_goes_its_own_way(kind, mode, done):
     vae = make_vae(kind, mode)
     common, left, right = random_latents(vae, 2)[:, :, :done], random_latents(vae, 1, 2), random_latents(vae, 1, 3)
@@ -271,7 +273,7 @@ def test_fork_goes_its_own_way(kind, mode, done):
 # --- parked between calls ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("wan21", "whole"), ("wan22", "whole"), ("wan21", "tiled sliced")])
+@pytest.mark.parametrize(("kind", "mode"), [("wan22", "whole"), ("wan21", "tiled sliced")])
 def test_a_parked_state_is_a_copy_of_the_same(kind, mode, monkeypatch):
     """On one device: equal to the bit, in memory that no call works on, also after a fork, a save and a failure."""
     vae = make_vae(kind, mode)
@@ -304,8 +306,7 @@ def test_a_parked_state_is_a_copy_of_the_same(kind, mode, monkeypatch):
     assert all(torch.equal(stream.decode(latents), expected) for stream in (parked, twin, loaded))
 
 
-@both_kinds
-@pytest.mark.parametrize("mode", ["whole", "tiled"])
+@pytest.mark.parametrize(("kind", "mode"), [("wan21", "tiled"), ("wan22", "whole")])
 def test_upstream_never_writes_into_a_cached_tensor(kind, mode):
     """What rollback, fork and state_dict without copies rest on."""
     vae = make_vae(kind, mode)
@@ -320,8 +321,10 @@ def test_upstream_never_writes_into_a_cached_tensor(kind, mode):
         assert all(map(torch.equal, held, before))
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("wan21", "whole"), ("wan22", "whole"), ("wan22", "tiled sliced")])
-@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("kind", "mode", "done"),
+    [("wan21", "whole", 0), ("wan22", "whole", 1), ("wan21", "whole", 2), ("wan22", "tiled sliced", 1)],
+)
 def test_saved_and_loaded_goes_on_to_the_bit(tmp_path, kind, mode, done):
     vae = make_vae(kind, mode)
     latents, video = random_latents(vae, 3), random_video(vae, 3)
@@ -368,8 +371,7 @@ class BoomError(Exception):
     pass
 
 
-@both_kinds
-@pytest.mark.parametrize("mode", ["whole", "tiled sliced"])
+@pytest.mark.parametrize(("kind", "mode"), [("wan21", "whole"), ("wan22", "tiled sliced")])
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
 def test_a_failed_call_leaves_the_stream_as_it_was(kind, mode, part):
     vae = make_vae(kind, mode)
@@ -413,7 +415,7 @@ def test_a_failed_call_leaves_the_stream_as_it_was(kind, mode, part):
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "mode"), [case for case in CASES if "early" not in case and case[1] != "sliced"])
+@pytest.mark.parametrize(("kind", "mode"), [("wan21", "tiled"), ("wan22", "whole"), ("wan22", "tiled sliced")])
 def test_state_is_flat_and_known_before(kind, mode):
     vae = make_vae(kind, mode)
     ratio = vae.spatial_compression_ratio
