@@ -1,6 +1,6 @@
 """Which buffer slots hold which tokens: the integer bookkeeping of a rolling KV cache, without tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 WriteMode = Literal["append", "overwrite", "rewrite", "rewrite_all"]
@@ -24,6 +24,16 @@ class WindowState:
 
 
 @dataclass(frozen=True)
+class PastView:
+    """Which of the past a forward sees, in tokens."""
+
+    newest: int | None = None
+    """The ones right before its own; `None` is all."""
+    sink: bool = True
+    """Whether the sink is seen where `newest` does not reach it."""
+
+
+@dataclass(frozen=True)
 class WritePlan:
     """What one update will do: the slots to write, in token order, and the state once they are written."""
 
@@ -31,6 +41,14 @@ class WritePlan:
     state_after: WindowState
     evicted: tuple[Span, ...] = ()
     """Slots of the tokens that go, oldest first. They are overwritten by the update or already lie outside."""
+    past: tuple[Span, ...] | None = None
+    """Slots that attention sees of the past, oldest first, the update's own tokens coming behind; `None` if it sees
+    just what is held once the update is done, in slot order."""
+
+    @property
+    def kept(self) -> int:
+        """Tokens that are written."""
+        return sum(stop - start for start, stop in self.spans)
 
 
 class TokenWindow:
@@ -61,20 +79,39 @@ class TokenWindow:
         self.sink_size = sink_size
         self.state = WindowState()
 
-    def plan(self, num_tokens: int, mode: WriteMode) -> WritePlan:
+    def plan(
+        self, num_tokens: int, mode: WriteMode, keep: int | None = None, view: PastView | None = None
+    ) -> WritePlan:
         """The slots that `num_tokens` new tokens go to.
 
         `append` adds a chunk and evicts first; `overwrite` replaces the newest chunk; `rewrite` replaces everything
         but the sink, `rewrite_all` the sink as well (both for a pass over many frames at once, as after a prompt
         switch).
+
+        Args:
+            keep: How many of them, from the first on, are held afterwards; `None` is all. With 0 nothing is evicted
+                and the newest chunk stays, though an `overwrite` does not see it.
+            view: What they see of the past; `None` is all that is held.
         """
         if num_tokens < 1:
             raise ValueError(f"a chunk has {num_tokens} tokens; it needs at least 1")
-        if mode == "append":
-            return self._plan_append(num_tokens)
-        if mode == "overwrite":
-            return self._plan_overwrite(num_tokens)
-        return self._plan_rewrite(num_tokens, keep_sink=mode == "rewrite")
+        if keep is not None and not 0 <= keep <= num_tokens:
+            raise ValueError(f"keep is {keep}; of a chunk of {num_tokens} tokens 0 to {num_tokens} can be kept")
+        if mode in ("rewrite", "rewrite_all"):
+            if view is not None or keep not in (None, num_tokens):
+                raise ValueError("a rewrite keeps all its tokens and sees what it leaves; leave out keep and view")
+            return self._plan_rewrite(num_tokens, keep_sink=mode == "rewrite")
+        kept = num_tokens if keep is None else keep
+        if kept == 0:
+            plan = WritePlan((), self.state)
+        else:
+            plan = self._plan_append(kept) if mode == "append" else self._plan_overwrite(kept)
+        if kept == num_tokens and view is None:
+            return plan
+        # Written by this update, or hidden from it as it stands for the same frames.
+        own = kept or (self.state.newest_size if mode == "overwrite" else 0)
+        past = _first_tokens(self.chronological_spans(plan.state_after), plan.state_after.length - own)
+        return replace(plan, past=self._seen(past, view or PastView()))
 
     def commit(self, plan: WritePlan) -> None:
         self.state = plan.state_after
@@ -90,14 +127,9 @@ class TokenWindow:
         """
         start = min(self.sink_size, self.state.length)
         kept = min(num_tokens, self.state.length - start)
-        source, missing = [], kept
-        for span_start, span_stop in reversed(self.chronological_spans()):
-            taken = min(missing, span_stop - span_start)
-            if taken:
-                source.append((span_stop - taken, span_stop))
-            missing -= taken
+        source = _last_tokens(self.chronological_spans(), kept)
         self.state = WindowState(start + kept, start + kept)  # no newest chunk: there is nothing to overwrite
-        return tuple(reversed(source)), (start, start + kept)
+        return source, (start, start + kept)
 
     def places(self, state: WindowState | None = None) -> tuple[Span, ...]:
         """For consecutive runs of slots, from slot 0 on: which places in time order `[start, stop)` they hold."""
@@ -117,6 +149,12 @@ class TokenWindow:
             return ((0, length),)
         spans = ((0, self.sink_size), (head, self.window_size), (self.sink_size, head))
         return tuple(span for span in spans if span[0] < span[1])
+
+    def _seen(self, past: tuple[Span, ...], view: PastView) -> tuple[Span, ...]:
+        total = sum(stop - start for start, stop in past)
+        newest = total if view.newest is None else min(view.newest, total)
+        hidden_sink = min(self.sink_size, total - newest) if view.sink else 0
+        return _first_tokens(past, hidden_sink) + _last_tokens(past, newest)
 
     def _plan_append(self, num_tokens: int) -> WritePlan:
         if self.window_size == -1:
@@ -162,3 +200,23 @@ class TokenWindow:
         if self.window_size == -1 or stop <= self.window_size:
             return ((start, stop),)
         return ((start, self.window_size), (self.sink_size, self.sink_size + stop - self.window_size))
+
+
+def _first_tokens(spans: tuple[Span, ...], count: int) -> tuple[Span, ...]:
+    """The first `count` tokens of consecutive spans."""
+    taken = []
+    for start, stop in spans:
+        if count > 0:
+            taken.append((start, min(stop, start + count)))
+        count -= stop - start
+    return tuple(taken)
+
+
+def _last_tokens(spans: tuple[Span, ...], count: int) -> tuple[Span, ...]:
+    """The last `count` tokens of consecutive spans."""
+    taken = []
+    for start, stop in reversed(spans):
+        if count > 0:
+            taken.append((max(start, stop - count), stop))
+        count -= stop - start
+    return tuple(reversed(taken))

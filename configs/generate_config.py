@@ -10,19 +10,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from wan_autoregressive.choices import (
-    KVDtype,
-    PositionMode,
-    RecacheSink,
-    SinkUpdateMode,
-    SwitchPolicy,
-    check_sink_update,
-    check_window,
-)
+from wan_autoregressive.configs.choices import KVDtype, PositionMode, RecacheSink, SinkUpdateMode
 from wan_autoregressive.configs.messages import error_line
 from wan_autoregressive.configs.prompt_times import latent_frame_at, read_changes
+from wan_autoregressive.configs.registry import SWITCH_POLICIES
+from wan_autoregressive.configs.rollout_config import check_sink_update, check_window
 from wan_autoregressive.demo import DEMO
 
 SIZE_MULTIPLE = 16  # pixels: 8 per latent of the Wan 2.1 VAE, times a patch of 2
@@ -67,6 +61,11 @@ def _parse_device(value: Any) -> Any:
     return value
 
 
+def _check_switch_policy(name: str) -> str:
+    SWITCH_POLICIES.check(name)
+    return name
+
+
 _ROLLOUT_FIELDS = (
     *("height", "width", "num_frames", "chunk_frames", "first_chunk_frames", "first_chunk_steps", "window_frames"),
     *("sink_frames", "sink_update", "sink_decay", "kv_dtype", "position_mode", "context_noise", "clean_pass"),
@@ -98,7 +97,9 @@ class GenerateConfig(BaseModel):
     prompt_changes: Annotated[dict[str, str] | None, BeforeValidator(read_changes)] = Field(
         None, description="later prompts by time (5s, or a latent frame), a yaml or JSON file; see also prompt"
     )
-    switch_policy: SwitchPolicy = Field("recache", description="what happens to the past when the prompt changes")
+    switch_policy: Annotated[str, AfterValidator(_check_switch_policy)] = Field(
+        "recache", description="what happens to the past when the prompt changes"
+    )
     recache_sink: RecacheSink = Field(
         "keep", description="whether a re-cache keeps the sink or makes the window's oldest frames the new one"
     )

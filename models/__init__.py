@@ -1,5 +1,7 @@
-"""The causal transformer and the streaming VAE."""
+"""The causal transformer and the codecs."""
 
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
+from wan_autoregressive.models.codec import VideoCodec, codec_of, register_codec
+from wan_autoregressive.models.wan_vae import WanVaeCodec
 
-__all__ = ["CausalWanTransformer3DModel"]
+__all__ = ["CausalWanTransformer3DModel", "VideoCodec", "WanVaeCodec", "codec_of", "register_codec"]

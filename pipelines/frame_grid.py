@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class FrameBlock:
-    """Latent frames `[start, stop)` that go through the transformer together."""
+class Chunk:
+    """Latent frames `[start, stop)` that are denoised together."""
 
     index: int
     start: int
@@ -18,13 +18,17 @@ class FrameBlock:
     def num_frames(self) -> int:
         return self.stop - self.start
 
+    @property
+    def frames(self) -> range:
+        return range(self.start, self.stop)
+
 
 @dataclass(frozen=True)
 class FrameGrid:
-    """A grid of blocks from frame 0: one of `first_chunk_frames`, then of `chunk_frames` each.
+    """A grid of chunks from frame 0: one of `first_chunk_frames`, then of `chunk_frames` each.
 
-    Given frames fill the grid from its start; where they end inside a block, that block is split there and its
-    remainder is generated. The last block ends with the video.
+    Given frames fill the grid from its start; where they end inside a chunk, that chunk is split there and its
+    remainder is generated. The last chunk ends with the video.
     """
 
     chunk_frames: int
@@ -33,8 +37,8 @@ class FrameGrid:
     total_frames: int | None = None
     """Latent frames of the whole video; `None` for one without end."""
 
-    def block(self, index: int, start: int) -> FrameBlock:
-        """The block that starts at latent frame `start`."""
+    def chunk(self, index: int, start: int) -> Chunk:
+        """The chunk that starts at latent frame `start`."""
         if start < self.first_chunk_frames:
             stop = self.first_chunk_frames
         else:
@@ -45,14 +49,21 @@ class FrameGrid:
             stop = min(stop, self.given_frames)
         if self.total_frames is not None:
             stop = min(stop, self.total_frames)
-        return FrameBlock(index, start, stop, given)
+        return Chunk(index, start, stop, given)
 
-    def __iter__(self) -> Iterator[FrameBlock]:
+    def __iter__(self) -> Iterator[Chunk]:
         index, start = 0, 0
         while self.total_frames is None or start < self.total_frames:
-            block = self.block(index, start)
-            yield block
-            index, start = index + 1, block.stop
+            chunk = self.chunk(index, start)
+            yield chunk
+            index, start = index + 1, chunk.stop
+
+    @property
+    def num_generated_chunks(self) -> int:
+        """Chunks to generate, given ones not counted. Only for a video with an end."""
+        if self.total_frames is None:
+            raise ValueError("a video without end has no number of chunks")
+        return sum(not chunk.given for chunk in self)
 
 
 def latent_frames_of(num_frames: int, scale_factor_temporal: int) -> int:
@@ -62,4 +73,4 @@ def latent_frames_of(num_frames: int, scale_factor_temporal: int) -> int:
 
 def pixel_frames_of(latent_frames: int, scale_factor_temporal: int) -> int:
     """Pixel frames that the VAE makes of `latent_frames` from the start of a video."""
-    return (latent_frames - 1) * scale_factor_temporal + 1
+    return (latent_frames - 1) * scale_factor_temporal + 1 if latent_frames else 0

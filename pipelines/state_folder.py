@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from wan_autoregressive.atomic_file import replaced_file, sync_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _INDEX = "state.json"
 _OURS = re.compile(r"state-[0-9a-f]{16}\.safetensors|\.state-\d+\.(json|safetensors)\.part")
 

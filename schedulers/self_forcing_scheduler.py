@@ -104,7 +104,9 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
             timesteps = torch.tensor(steps, dtype=torch.float32)
             indices = (self._table_timesteps[:, None] - timesteps).abs().argmin(dim=0)
         self.timesteps = timesteps.to(device)  # (steps,) float32
-        self.sigmas = torch.cat([self._table_sigmas[indices], torch.zeros(1)])  # (steps + 1,) float32
+        self.sigmas = torch.cat(
+            [self._table_sigmas[indices], torch.zeros(1, dtype=torch.float32)]
+        )  # (steps + 1,) float32
         self.num_inference_steps = len(steps)
         self._timestep_floats: list[float] = timesteps.tolist()
         self._sigma_floats: list[float] = self.sigmas.tolist()

@@ -186,7 +186,6 @@ def _render_segment(
     decode_alongside: bool,
 ) -> None:
     """Render up to `every_chunks` chunks to a new segment and save the state that goes with it."""
-    from wan_autoregressive.pipelines.rollout_state import save_rollout
     from wan_autoregressive.pipelines.state_folder import file_sha256
 
     folder = resume_folder(config.output)
@@ -204,7 +203,7 @@ def _render_segment(
     segment["sha256"] = file_sha256(path)
     times.total_s = time.perf_counter() - start
     after = dataclasses.replace(progress, segments=[*progress.segments, segment], times=dataclasses.asdict(times))
-    save_rollout(rollout, folder, notes=dataclasses.asdict(after))
+    rollout.save(folder, notes=dataclasses.asdict(after))
     progress.segments, progress.times = after.segments, after.times
 
 

@@ -12,12 +12,12 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import make_tiny_checkpoint
 
 from wan_autoregressive.models.checkpoint_files import load_checkpoint
 from wan_autoregressive.models.conversion import convert_wan_state_dict
 from wan_autoregressive.models.lora import load_lora
 from wan_autoregressive.scripts.convert import convert_checkpoint
-from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "weights" / "tiny_self_forcing.pt"
 # diffusers' names of the layers that are trained, and the original ones

@@ -18,9 +18,9 @@ def slowly() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     decode = WanRollout.decode_chunk
 
-    def slow(self, draft):
+    def slow(self, in_flight):
         time.sleep(0.05)
-        return decode(self, draft)
+        return decode(self, in_flight)
 
     WanRollout.decode_chunk = slow  # type: ignore[method-assign]
 

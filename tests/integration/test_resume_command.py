@@ -12,7 +12,7 @@ import pytest
 import torch
 from saved_runs import CHUNK_STARTS, EVERY, assert_same_video, frames_of, slowly, start, wait_until, words
 
-from wan_autoregressive.pipelines import rollout_state
+from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts import cli
 
@@ -126,9 +126,9 @@ def test_a_failure_is_resumed(tiny_checkpoint: Path, uninterrupted: Path, unfini
 def test_latents_that_are_no_numbers(tiny_checkpoint: Path, uninterrupted: Path, tmp_path: Path, capfd) -> None:
     output = tmp_path / "x.mp4"
     with pytest.MonkeyPatch.context() as patch:
-        noise = WanRollout._noise
-        spoiled = lambda self, block: noise(self, block) * (float("nan") if block.index == 6 else 1)  # noqa: E731
-        patch.setattr(WanRollout, "_noise", spoiled)
+        noise = NoiseSource.initial
+        spoiled = lambda self, first, count: noise(self, first, count) * (float("nan") if first == 6 else 1)  # noqa: E731
+        patch.setattr(NoiseSource, "initial", spoiled)
         assert cli.main(words(tiny_checkpoint, output)) == 1
     err = capfd.readouterr().err
     assert (
@@ -154,13 +154,13 @@ def test_a_failure_before_the_first_checkpoint_leaves_nothing_to_resume(tiny_che
 def test_an_interrupt_right_after_a_save_loses_nothing(tiny_checkpoint: Path, uninterrupted: Path, tmp_path) -> None:
     output = tmp_path / "x.mp4"
     with pytest.MonkeyPatch.context() as patch:
-        save = rollout_state.save_rollout
+        save = WanRollout.save
 
         def interrupted(*args, **kwargs):
             save(*args, **kwargs)
             raise KeyboardInterrupt
 
-        patch.setattr(rollout_state, "save_rollout", interrupted)
+        patch.setattr(WanRollout, "save", interrupted)
         assert cli.main(words(tiny_checkpoint, output)) == 130
     assert len(frames_of(tmp_path / "x.part.mp4")) == CHUNK_STARTS[EVERY]
     assert len(list((tmp_path / "x.resume").iterdir())) == 3
