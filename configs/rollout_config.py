@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 from wan_autoregressive.configs.choices import (
@@ -173,6 +173,28 @@ class RolloutConfig:
         check_window(self.window_frames, self.sink_frames, self.largest_chunk_frames)
         check_sink_update(self.sink_update, self.sink_frames, self.position_mode, self.kv_dtype)
 
+    def changed(self, **settings: Any) -> RolloutConfig:
+        """These settings with others for a video under way.
+
+        Raises:
+            ValueError: a setting that a video cannot change, or a value that cannot work.
+        """
+        fixed = sorted(set(settings) - CHANGEABLE)
+        if fixed:
+            raise ValueError(
+                f"{', '.join(fixed)} cannot change while a video is made; what can is {', '.join(sorted(CHANGEABLE))}"
+            )
+        for name, other in (("denoising_steps", "num_inference_steps"), ("num_inference_steps", "denoising_steps")):
+            if name in settings:
+                settings.setdefault(other, None)
+        changed = replace(self, **settings)
+        if changed.do_classifier_free_guidance != self.do_classifier_free_guidance:
+            raise ValueError(
+                f"guidance_scale cannot change from {self.guidance_scale} to {changed.guidance_scale} while a video "
+                "is made: above 1 there is a second cache, which has to see the video from its start"
+            )
+        return changed
+
     @property
     def largest_chunk_frames(self) -> int:
         return max(self.chunk_frames, self.first_chunk_frames or 0)
@@ -192,6 +214,14 @@ class RolloutConfig:
             return None
         return self.window_frames + (self.cut_jump_frames if self.switch_policy == "cut" else 0)
 
+
+CHANGEABLE = frozenset(
+    {
+        *("num_inference_steps", "denoising_steps", "guidance_scale", "context_noise", "clean_pass"),
+        *("switch_policy", "recache_sink", "flush_frames", "cut_jump_frames", "blend_chunks", "switch_options"),
+    }
+)
+"""Settings that a video under way can change at a chunk boundary: sizes, the cache and the sampler stay."""
 
 _POSITIVE = (
     *("height", "width", "num_frames", "chunk_frames", "first_chunk_frames", "window_frames"),

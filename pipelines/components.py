@@ -158,7 +158,7 @@ class WanComponents:
         Raises:
             ValueError: neither text nor embeddings, or text without a text encoder.
         """
-        check_prompt(prompt)
+        check_prompt(prompt, self.transformer.config.text_dim)
         text: list[str] | None = None
         if isinstance(prompt, torch.Tensor):
             embeds = prompt

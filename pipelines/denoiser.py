@@ -190,7 +190,7 @@ class Denoiser:
     ) -> None:
         self.prompt = prompt
         self.negative_prompt_embeds = negative_prompt_embeds
-        self._guidance_scale = config.guidance_scale
+        self.guidance_scale = config.guidance_scale
         self._tokens_per_frame = components.tokens_per_frame(config)
         branches = 2 if config.do_classifier_free_guidance else 1
         caches = [components.new_kv_cache(config, total_frames) for _ in range(branches)]
@@ -206,7 +206,7 @@ class Denoiser:
         if len(flows) == 1:
             return flows[0]
         flow, negative_flow = flows
-        return negative_flow + self._guidance_scale * (flow - negative_flow)
+        return negative_flow + self.guidance_scale * (flow - negative_flow)
 
     def cache_context(self, latents: torch.Tensor, window: Window, skip_prompt: bool = False) -> None:
         """Write keys and values of finished latents to the caches of all experts.

@@ -81,12 +81,7 @@ def check_prompts(
 ) -> None:
     """Raise `ValueError` for prompts, embeddings or switch times that cannot be used, and for a missing VAE."""
     for prompt in prompts:
-        check_prompt(prompt)
-        text_dim = components.transformer.config.text_dim
-        if isinstance(prompt, torch.Tensor) and not prompt.is_floating_point():
-            raise ValueError(f"embeddings are {prompt.dtype}; they must be floating point, as text encoders give them")
-        if isinstance(prompt, torch.Tensor) and prompt.shape[2] != text_dim:
-            raise ValueError(f"embeddings have {prompt.shape[2]} channels; this transformer takes {text_dim}")
+        check_prompt(prompt, components.transformer.config.text_dim)
     for frame in switch_frames:
         if not isinstance(frame, int) or frame < 0:
             raise ValueError(f"prompt_schedule has the key {frame!r}; keys are latent frames, 0 or more")

@@ -303,8 +303,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height, width = pixel_size(
             settings.get("height"), settings.get("width"), geometry.scale_factor_spatial, latents, video_latents
         )
-        sized: dict[str, Any] = {**settings, "height": height, "width": width}
-        config = RolloutConfig(**sized)
+        resolved: dict[str, Any] = {**settings, "height": height, "width": width}
+        config = RolloutConfig(**resolved)
         frames_before = components.frame_grid(config, given_frames).first_generated_frame
         num_frames = pixel_frames(config.num_frames, latents, frames_before, source, factor)
         config = dataclasses.replace(config, num_frames=num_frames)

@@ -23,6 +23,7 @@ from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
 from wan_autoregressive.pipelines.denoiser import Denoiser
 from wan_autoregressive.pipelines.finite_check import check_finite
 from wan_autoregressive.pipelines.frame_grid import Chunk
+from wan_autoregressive.pipelines.input_checks import check_extensions
 from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
@@ -30,7 +31,7 @@ from wan_autoregressive.pipelines.prompts import Prompt, PromptState
 from wan_autoregressive.pipelines.rollout_state import read_rollout_state, write_rollout_state
 from wan_autoregressive.pipelines.samplers import Sampler, SamplingContext
 from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
-from wan_autoregressive.pipelines.switching import Past, PromptSwitching
+from wan_autoregressive.pipelines.switching import SWITCH_SETTINGS, Past, PromptSwitching
 from wan_autoregressive.pipelines.timings import StageTimings
 from wan_autoregressive.pipelines.video_frames import pixels_as
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
@@ -109,7 +110,14 @@ class WanRollout:
         )
         self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)
         self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
-        self._restart()
+        self.chunks_done = 0
+        self.frames_done = 0
+        """Latent frames that the video has."""
+        self.steps_done = 0
+        """Denoising steps over all chunks."""
+        self.interrupted = False
+        self._failed = False
+        self._steps_finite: list[torch.Tensor] = []
 
     # What a caller does with it.
 
@@ -178,6 +186,22 @@ class WanRollout:
             spent = self._seconds_before.get("text", 0.0) + time.perf_counter() - started
             self._seconds_before["text"] = spent
 
+    def change(self, **settings: Any) -> None:
+        """Use other settings from the next chunk on, see `configs.rollout_config.CHANGEABLE`.
+
+        Raises:
+            ValueError: a setting that a video cannot change, or a value that cannot work.
+            RuntimeError: during a step.
+        """
+        with self.held("change"):
+            config = self.config.changed(**settings)
+            check_extensions(config)
+            self.schedulers = self.components.schedulers(config, dict(self.schedulers[1].config))
+            self._context.schedulers, self._context.config, self.config = self.schedulers, config, config
+            self.denoiser.guidance_scale = config.guidance_scale
+            if not settings.keys().isdisjoint(SWITCH_SETTINGS):
+                self.switching.use_policy_of(config)
+
     def replace_embeds(self, embeds: torch.Tensor, negative_embeds: torch.Tensor | None) -> None:
         """Use other embeddings of the same prompt from the next forward on, without touching the cache."""
         if embeds is not self.prompt.embeds:
@@ -199,7 +223,8 @@ class WanRollout:
             self.switching.reset()
             if self.vae_decoder is not None:
                 self.vae_decoder.reset()
-            self._restart()
+            self.chunks_done = self.frames_done = self.steps_done = 0
+            self.interrupted = self._failed = False
 
     def interrupt(self) -> None:
         """Stop after the current denoising step. The chunk in the making is handed out as it is then."""
@@ -260,8 +285,9 @@ class WanRollout:
             twin = copy.copy(self)
             twin.denoiser, twin.history = self.denoiser.fork(), self.history.fork()
             twin.noise, twin.switching = self.noise.fork(), self.switching.fork()
-            parts = {"denoiser": twin.denoiser, "history": twin.history, "noise": twin.noise, "observer": twin}
-            twin._context = dataclasses.replace(self._context, **parts)
+            twin._context = dataclasses.replace(
+                self._context, denoiser=twin.denoiser, history=twin.history, noise=twin.noise, observer=twin
+            )
             twin.sampler = self.sampler.fork(twin._context)
             twin.vae_decoder = None if self.vae_decoder is None else self.vae_decoder.fork()
             twin._seconds_before = dict(self._seconds_before)
@@ -470,16 +496,6 @@ class WanRollout:
         self.history.load_state_dict(state["history"])
         if self.vae_decoder is not None:
             self.vae_decoder.load_state_dict(state["vae_decoder"])
-
-    def _restart(self) -> None:
-        self.chunks_done = 0
-        self.frames_done = 0
-        """Latent frames that the video has."""
-        self.steps_done = 0
-        """Denoising steps over all chunks."""
-        self.interrupted = False
-        self._steps_finite: list[torch.Tensor] = []
-        self._failed = False
 
     def _new_vae_decoder(self) -> ChunkDecoder:
         codec = self.components.codec

@@ -22,6 +22,11 @@ from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.samplers.base import Sampler
 
+SWITCH_SETTINGS = frozenset(
+    {"switch_policy", "recache_sink", "flush_frames", "cut_jump_frames", "blend_chunks", "switch_options"}
+)
+"""What of the settings makes a policy."""
+
 
 @dataclass
 class Past:
@@ -142,7 +147,9 @@ class Blend(SwitchPolicy):
     chunks: int = 4
 
     def __post_init__(self) -> None:
-        self.reset()
+        self._old: PromptState | None = None
+        self._new: PromptState | None = None
+        self._chunks_done = 0
 
     @classmethod
     def from_config(cls, config: RolloutConfig) -> Self:
@@ -164,9 +171,7 @@ class Blend(SwitchPolicy):
             past.denoiser.set_prompt(PromptState(embeds, self._new.text))
 
     def reset(self) -> None:
-        self._old: PromptState | None = None
-        self._new: PromptState | None = None
-        self._chunks_done = 0
+        self._old, self._new, self._chunks_done = None, None, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"old": self._old, "new": self._new, "chunks_done": self._chunks_done}
@@ -183,10 +188,14 @@ class PromptSwitching:
     """
 
     def __init__(self, config: RolloutConfig, schedule: dict[int, PromptState]) -> None:
-        self.policy: SwitchPolicy = SWITCH_POLICIES.load(config.switch_policy).from_config(config)
+        self.use_policy_of(config)
         self._schedule = dict(sorted(schedule.items()))
         self._next: PromptState | None = None
         self._lock = threading.Lock()
+
+    def use_policy_of(self, config: RolloutConfig) -> None:
+        """Take the policy that the settings name; a change under way under the old one stays as it is."""
+        self.policy: SwitchPolicy = SWITCH_POLICIES.load(config.switch_policy).from_config(config)
 
     def set_next(self, prompt: PromptState) -> None:
         """Take a prompt over at the next chunk that begins; of several the last. Safe from any thread."""

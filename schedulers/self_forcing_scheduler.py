@@ -106,7 +106,9 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         self.steps = steps
         """As they were asked for, before warping."""
         self.timesteps = timesteps.to(device)  # (steps,) float32
-        self.sigmas = torch.cat([self._table_sigmas[indices], torch.zeros(1)])  # (steps + 1,) float32
+        self.sigmas = torch.cat(
+            [self._table_sigmas[indices], torch.zeros(1, dtype=torch.float32)]
+        )  # (steps + 1,) float32
         self.num_inference_steps = len(steps)
         self._timestep_floats: list[float] = timesteps.tolist()
         self._sigma_floats: list[float] = self.sigmas.tolist()

@@ -22,10 +22,8 @@ from wan_autoregressive._version import __version__
 COMMANDS = {
     "generate": ("wan_autoregressive.scripts.generate", "render a video from a prompt"),
     "convert": ("wan_autoregressive.scripts.convert", "make a checkpoint folder from published weights"),
-    "benchmark": ("wan_autoregressive.scripts.benchmark.command", "measure speed, memory and exact costs"),
-    "evaluate": ("wan_autoregressive.scripts.demo.evaluate", "judge the demo model or a video of it in pixels"),
-    "train-demo": ("wan_autoregressive.scripts.demo.train_demo", "train the demo checkpoint from nothing"),
-    "tiny-checkpoint": ("wan_autoregressive.scripts.tiny_checkpoint", "make a small random checkpoint to try things"),
+    "estimate": ("wan_autoregressive.scripts.estimate", "compute the memory and the FLOPs of a model of any size"),
+    "benchmark": ("wan_autoregressive.scripts.benchmark", "measure the seconds of every stage with random weights"),
 }
 
 # OSErrors that say the machine gave out, rather than that a name was wrong.

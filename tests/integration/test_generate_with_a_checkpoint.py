@@ -12,9 +12,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import yaml
+from tiny_checkpoint import make_tiny_checkpoint
 
 from wan_autoregressive.scripts import cli
-from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "14", "--device", "cpu"]
 

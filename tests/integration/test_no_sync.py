@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_autoregressive.pipelines import rollout as rollout_module
-from wan_autoregressive.scripts.benchmark.build import build_pipeline, prompt_embeds
-from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
+from wan_autoregressive.scripts.costs.build import build_pipeline, prompt_embeds
+from wan_autoregressive.scripts.costs.workload import make_workload
 
-SETTINGS = BenchmarkSettings(layers=2, device="meta")
+SETTINGS = make_workload(layers=2, device="meta")
 WINDOW = {"num_frames": 45, "window_frames": 6, "sink_frames": 1, "chunk_frames": 2}  # 6 chunks
 NEW_PROMPT_AT = 3
 

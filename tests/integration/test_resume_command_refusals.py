@@ -14,9 +14,9 @@ from saved_runs import (
     frames_of,
     words,
 )
+from tiny_checkpoint import make_tiny_checkpoint
 
 from wan_autoregressive.scripts import cli, resumable_render
-from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
 
 
 @pytest.mark.parametrize(

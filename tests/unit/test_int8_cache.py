@@ -7,7 +7,7 @@ from wan_autoregressive import WanKVCache
 from wan_autoregressive.cache import MovingAverageSink
 from wan_autoregressive.cache.int8_buffer import dequantize, quantize
 from wan_autoregressive.configs.rollout_config import RolloutConfig
-from wan_autoregressive.scripts.benchmark.counting import AllocationMode, StageCounts
+from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode
 
 BATCH, HEADS, HEAD_DIM, CHUNK = 2, 3, 64, 12
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -122,7 +122,7 @@ def test_bytes_and_their_peak_are_those_of_the_formula(dtype, sizes):
     chunks = [(randn(seed=number, dtype=dtype), randn(seed=-number, dtype=dtype)) for number in range(8)]
     peaks = {}
     for kv_dtype in (None, "int8"):
-        cache, counts = WanKVCache(blocks, **sizes, kv_dtype=kv_dtype), StageCounts()
+        cache, counts = WanKVCache(blocks, **sizes, kv_dtype=kv_dtype), AllocationCounts()
         with AllocationMode(counts):
             for chunk in chunks:
                 for step in range(2):
