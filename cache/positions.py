@@ -104,7 +104,7 @@ class RelativePositions:
             )
         jump = self.next_jump if frames.begins_chunk else self.newest_jump
         own = frames.num_attended - frames.num_frames
-        positions = []
+        positions: list[tuple[float, float]] = []
         for start, stop in ((start // size, stop // size) for start, stop in frames.places):
             positions.append((start, min(stop, own)))
             positions.append((max(start, own) + jump, stop + jump))
