@@ -69,6 +69,6 @@ SWITCH_POLICIES = Registry(
         "flush": f"{_SWITCHING}:Flush",
         "cut": f"{_SWITCHING}:Cut",
         "blend": f"{_SWITCHING}:Blend",
-        "scene_cut": f"{_SWITCHING}:SceneCut",
+        "scene_cut": "wan_autoregressive.pipelines.scene_cut:SceneCut",
     },
 )
