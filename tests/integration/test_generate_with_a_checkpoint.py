@@ -12,7 +12,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import yaml
-from tiny_checkpoint import make_tiny_checkpoint
 
 from wan_autoregressive.scripts import cli
 
