@@ -13,8 +13,9 @@ import torch
 class ChunkDecoder(Protocol):
     """The decoder's state of one video."""
 
-    state_bytes: int
-    """Bytes held for the next call."""
+    @property
+    def state_bytes(self) -> int:
+        """Bytes held for the next call."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The next latents `(batch, latent_channels, latent_frames, height, width)` as pixels in [-1, 1], `(batch, 3,
@@ -30,7 +31,8 @@ class ChunkDecoder(Protocol):
 class ChunkEncoder(Protocol):
     """The encoder's state of one video."""
 
-    latent_frames_done: int
+    @property
+    def latent_frames_done(self) -> int: ...
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """The next pixels in [-1, 1], `(batch, 3, frames, height, width)`, as latents: `1 + k *

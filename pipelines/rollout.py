@@ -52,7 +52,7 @@ class WanRollout:
 
     Args:
         given_latents: `(batch, channels, frames, height, width)` that come first in the video.
-        latents: Initial noise of the generated frames, instead of drawing it.
+        latents: Initial noise of the chunks to generate, instead of drawing it.
         schedulers: Of the first generated chunk and of later ones, instead of those that component and settings give.
         seconds_before: What was spent on this video before, by stage.
     """
@@ -105,11 +105,19 @@ class WanRollout:
             noise=self.noise,
             history=self.history,
             observer=self,
+            given_latents=given_latents,
             source=source,
         )
         self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)
         self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
-        self._restart()
+        self.chunks_done = 0
+        self.frames_done = 0
+        """Latent frames that the video has."""
+        self.steps_done = 0
+        """Denoising steps over all chunks."""
+        self.interrupted = False
+        self._failed = False
+        self._steps_finite: list[torch.Tensor] = []
 
     # What a caller does with it.
 
@@ -215,7 +223,8 @@ class WanRollout:
             self.switching.reset()
             if self.vae_decoder is not None:
                 self.vae_decoder.reset()
-            self._restart()
+            self.chunks_done = self.frames_done = self.steps_done = 0
+            self.interrupted = self._failed = False
 
     def interrupt(self) -> None:
         """Stop after the current denoising step. The chunk in the making is handed out as it is then."""
@@ -276,8 +285,9 @@ class WanRollout:
             twin = copy.copy(self)
             twin.denoiser, twin.history = self.denoiser.fork(), self.history.fork()
             twin.noise, twin.switching = self.noise.fork(), self.switching.fork()
-            parts = {"denoiser": twin.denoiser, "history": twin.history, "noise": twin.noise, "observer": twin}
-            twin._context = dataclasses.replace(self._context, **parts)
+            twin._context = dataclasses.replace(
+                self._context, denoiser=twin.denoiser, history=twin.history, noise=twin.noise, observer=twin
+            )
             twin.sampler = self.sampler.fork(twin._context)
             twin.vae_decoder = None if self.vae_decoder is None else self.vae_decoder.fork()
             twin._seconds_before = dict(self._seconds_before)
@@ -486,16 +496,6 @@ class WanRollout:
         self.history.load_state_dict(state["history"])
         if self.vae_decoder is not None:
             self.vae_decoder.load_state_dict(state["vae_decoder"])
-
-    def _restart(self) -> None:
-        self.chunks_done = 0
-        self.frames_done = 0
-        """Latent frames that the video has."""
-        self.steps_done = 0
-        """Denoising steps over all chunks."""
-        self.interrupted = False
-        self._steps_finite: list[torch.Tensor] = []
-        self._failed = False
 
     def _new_vae_decoder(self) -> ChunkDecoder:
         codec = self.components.codec

@@ -50,6 +50,6 @@ class SourceVideo:
         clip: Any = pixels[:usable]
         if isinstance(clip[0], np.ndarray | torch.Tensor):
             clip = np.stack([np.asarray(frame) for frame in clip])
-        pixels = self._components.preprocess_pixels(clip, **self._size)
-        latents = self._encoder.encode(pixels).to(self._components.device)
+        video = self._components.preprocess_pixels(clip, **self._size)
+        latents = self._encoder.encode(video).to(self._components.device)
         return expand_to_batch(latents, self._batch_size, "video")
