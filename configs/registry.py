@@ -55,7 +55,11 @@ class Registry:
         return target
 
 
-SAMPLERS = Registry("sampler", {"chunkwise": "wan_autoregressive.pipelines.samplers.chunkwise:ChunkwiseSampler"})
+_SAMPLERS = "wan_autoregressive.pipelines.samplers"
+SAMPLERS = Registry(
+    "sampler",
+    {"chunkwise": f"{_SAMPLERS}.chunkwise:ChunkwiseSampler", "rolling": f"{_SAMPLERS}.rolling:RollingSampler"},
+)
 
 _SWITCHING = "wan_autoregressive.pipelines.switching"
 SWITCH_POLICIES = Registry(

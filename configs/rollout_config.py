@@ -83,7 +83,8 @@ class RolloutConfig:
     """First latent frames that are never evicted."""
 
     sampler: str = "chunkwise"
-    """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive)."""
+    """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive),
+    `rolling` denoises a window of chunks at rising noise (Rolling Forcing). See `docs/SAMPLERS.md`."""
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that sampler alone, by name."""
     num_inference_steps: int | None = None

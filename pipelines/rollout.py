@@ -309,7 +309,7 @@ class WanRollout:
         """Bytes held between steps: keys and values, prompts', inputs of forwards, latents, the VAE's state."""
         decoder = 0 if self.vae_decoder is None else self.vae_decoder.state_bytes
         parts = self.denoiser.kv_cache_bytes, self.denoiser.text_kv_bytes, self.denoiser.input_bytes
-        return sum(parts) + self.history.nbytes + decoder
+        return sum(parts) + self.history.nbytes + self.sampler.nbytes + decoder
 
     # One chunk.
 

@@ -112,6 +112,11 @@ class Sampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that it remembers."""
+        return 0
+
     def fork(self, context: SamplingContext) -> Self:
         """A copy that goes on from here on its own, with another context."""
         twin = copy.copy(self)

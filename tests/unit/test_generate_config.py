@@ -97,6 +97,7 @@ def test_every_preset_is_a_recipe_and_nothing_else() -> None:
         "infinity_rope",
         "longlive",
         "reward_forcing",
+        "rolling_forcing",
         "self_forcing",
     ]
     for name in preset_names():
