@@ -52,7 +52,12 @@ class RollingSampler(Sampler):
         super().__init__(context)
         self._attended_frames = attended_frames
         self._reference_draws = reference_draws
-        self.reset()
+        self._in_flight: tuple[ChunkInWindow, ...] = ()
+        """Oldest first. Replaced and never changed, so that a fork may share it."""
+        self._due: range | None = None
+        """Frames whose clean keys and values are still to be written."""
+        self._all_noise: torch.Tensor | None = None
+        """Initial noise of the whole video, where it is drawn as the original does."""
 
     @classmethod
     def check(cls, config: RolloutConfig) -> None:
@@ -197,11 +202,8 @@ class RollingSampler(Sampler):
     # State.
 
     def reset(self) -> None:
-        self._in_flight: tuple[ChunkInWindow, ...] = ()
-        """Oldest first. Replaced and never changed, so that a fork may share it."""
-        self._due: range | None = None
-        """Frames whose clean keys and values are still to be written."""
-        self._all_noise: torch.Tensor | None = None
+        self._in_flight = ()
+        self._due = self._all_noise = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
