@@ -104,10 +104,12 @@ class WanRollout:
             noise=self.noise,
             history=self.history,
             observer=self,
+            encode=components.encode_pixels,
             source=source,
         )
         self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)
-        self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
+        needs_decoder = config.output_type != "latent" or self.sampler.needs_pixels(config)
+        self.vae_decoder = self._new_vae_decoder() if needs_decoder else None
         self._restart()
 
     # What a caller does with it.
@@ -148,12 +150,18 @@ class WanRollout:
                 under way is still handed out, and the rollout is as after as many `step()`: it can go on and be saved.
 
         Raises:
-            ValueError: `decode_alongside` with models that are offloaded, which cannot run at the same time.
+            ValueError: `decode_alongside` with models that are offloaded, which cannot run at the same time, or with a
+                sampler that needs the pixels.
             RuntimeError: when the first chunk is asked for, as `step`.
         """
         stop = stop or (lambda: False)
         if decode_alongside and self.vae_decoder is not None:
             check_decode_alongside(self.components)
+            if self.sampler.needs_pixels(self.config):
+                raise ValueError(
+                    f"sampler {self.config.sampler!r} begins a chunk from the pixels of the one before, which cannot "
+                    "be decoded alongside; leave out decode_alongside"
+                )
             return chunks_decoded_alongside(self, stop)
         return self._chunks_one_by_one(stop)
 
@@ -301,7 +309,7 @@ class WanRollout:
     @property
     def num_steps(self) -> int:
         """Denoising steps over all chunks. Only for a video with an end."""
-        first, later = (self.config.num_source_steps(len(scheduler.timesteps)) for scheduler in self.schedulers)
+        first, later = (self.sampler.num_steps(self.config, len(own.timesteps)) for own in self.schedulers)
         return first + (self.num_generated_chunks - 1) * later
 
     @property
@@ -405,10 +413,12 @@ class WanRollout:
             device = self.components.codec_device
             with in_flight.timings.stage("decode", device):
                 pixels = self.vae_decoder.decode(in_flight.latents.to(device))
+                self.sampler.take_pixels(chunk, pixels)
                 if self.config.num_frames is not None:
                     pixels = pixels[:, :, : self.config.num_frames - first_frame]
                 pixels_finite = pixels.isfinite().all()
-                frames = pixels_as(self.config.output_type, pixels)
+                if self.config.output_type != "latent":
+                    frames = pixels_as(self.config.output_type, pixels)
         check_finite(in_flight.steps_finite, pixels_finite, chunk)  # last: it waits for the device, as pixels do
         return WanVideoChunk(
             frames=frames,

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -40,6 +41,8 @@ class SamplingContext:
     history: LatentHistory
     """Clean latents of the chunks that are done."""
     observer: StepObserver
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    """Latents of pixels `(batch, 3, frames, height, width)` in [-1, 1], as a video of their own."""
     source: SourceVideo | None = None
     """Of video to video."""
     timings: StageTimings | None = None
@@ -70,6 +73,14 @@ class Sampler:
         except TypeError as error:
             raise ValueError(f"sampler_options do not fit sampler {config.sampler!r}: {error}") from error
 
+    @classmethod
+    def needs_pixels(cls, config: RolloutConfig) -> bool:
+        """Whether a chunk can only be begun once the one before it is decoded."""
+        return False
+
+    def take_pixels(self, chunk: Chunk, pixels: torch.Tensor) -> None:
+        """A chunk has been decoded, to `(batch, 3, frames, height, width)` in [-1, 1]."""
+
     def prepare(self, chunk: Chunk) -> Chunk:
         """Take what a chunk needs from outside, before anything runs; it may come out shorter.
 
@@ -92,6 +103,11 @@ class Sampler:
     def cache_given(self, chunk: Chunk, latents: torch.Tensor) -> None:
         """Write given latents `(batch, channels, frames, height, width)` to the caches."""
         self.context.denoiser.cache_context(latents, Window(chunk.frames, (0.0,)))
+
+    @classmethod
+    def num_steps(cls, config: RolloutConfig, listed: int) -> int:
+        """Denoising steps of a chunk, of a list with `listed` steps."""
+        return config.num_source_steps(listed)
 
     @classmethod
     def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
