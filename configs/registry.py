@@ -58,7 +58,11 @@ class Registry:
 _SAMPLERS = "wan_autoregressive.pipelines.samplers"
 SAMPLERS = Registry(
     "sampler",
-    {"chunkwise": f"{_SAMPLERS}.chunkwise:ChunkwiseSampler", "rolling": f"{_SAMPLERS}.rolling:RollingSampler"},
+    {
+        "chunkwise": f"{_SAMPLERS}.chunkwise:ChunkwiseSampler",
+        "rolling": f"{_SAMPLERS}.rolling:RollingSampler",
+        "recompute": f"{_SAMPLERS}.recompute:RecomputeSampler",
+    },
 )
 
 _SWITCHING = "wan_autoregressive.pipelines.switching"

@@ -84,7 +84,8 @@ class RolloutConfig:
 
     sampler: str = "chunkwise"
     """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive),
-    `rolling` denoises a window of chunks at rising noise (Rolling Forcing). See `docs/SAMPLERS.md`."""
+    `rolling` denoises a window of chunks at rising noise (Rolling Forcing), `recompute` makes the past anew for every
+    chunk (Krea Realtime). See `docs/SAMPLERS.md`."""
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that sampler alone, by name."""
     num_inference_steps: int | None = None

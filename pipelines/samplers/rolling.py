@@ -81,11 +81,12 @@ class RollingSampler(Sampler):
             )
         if config.num_frames is None and options.get("reference_draws"):
             raise ValueError("reference_draws draws all noise at once; a video without num_frames has no end of it")
-        if config.num_frames is None and config.sink_frames and (config.window_frames or 0) <= attended:
+        needed = attended + config.sink_frames
+        if config.num_frames is None and config.sink_frames and (config.window_frames or 0) < needed:
             raise ValueError(
-                f"window_frames is {config.window_frames} and attended_frames {attended}: context passes would see "
-                "the sink at an ever growing distance, up to the end of the rotary table. A video without end needs "
-                "window_frames above attended_frames"
+                f"window_frames is {config.window_frames}, with {attended} attended_frames and {config.sink_frames} "
+                "sink_frames: context passes would see the sink at an ever growing distance, up to the end of the "
+                f"rotary table. A video without end needs window_frames of at least {needed}"
             )
 
     def next_chunk(self, chunk: Chunk) -> torch.Tensor:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler, WanAutoregressivePipeline
 
-CHANNELS, TEXT_DIM = 4, 16
+CHANNELS, TEXT_DIM = 16, 16
 SIZES = {
     "num_attention_heads": 2,
     "attention_head_dim": 20,
@@ -48,6 +48,7 @@ class NaiveTransformer:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.stock = WanTransformer3DModel(**SIZES).eval()
+        _make_frames_depend_on_each_other(self.stock)
         self.causal = CausalWanTransformer3DModel(**SIZES, rope_max_seq_len=self.rope_max_seq_len).eval()
         self.causal.load_state_dict(self.stock.state_dict())
         self.frames: Sequence[Frame] = ()
@@ -55,9 +56,9 @@ class NaiveTransformer:
             block.attn1.set_processor(_SelfAttention(self))
             block.attn2.set_processor(_CrossAttention(self))
 
-    def pipeline(self, steps: Sequence[float]) -> WanAutoregressivePipeline:
+    def pipeline(self, steps: Sequence[float], vae: AutoencoderKLWan | None = None) -> WanAutoregressivePipeline:
         scheduler = SelfForcingScheduler(denoising_steps=steps)
-        pipe = WanAutoregressivePipeline(None, None, self.causal, None, scheduler)
+        pipe = WanAutoregressivePipeline(None, None, self.causal, vae, scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -69,6 +70,17 @@ class NaiveTransformer:
         size = latents.shape[3] * latents.shape[4] // 4
         timesteps = torch.tensor([[frame.timestep for frame in frames for _ in range(size)]] * latents.shape[0])
         return self.stock(latents, timesteps, torch.cat(self.prompts, dim=1), return_dict=False)[0]
+
+
+def _make_frames_depend_on_each_other(model: WanTransformer3DModel) -> None:
+    """With weights as they are drawn a frame that is not seen, or seen elsewhere, would hardly change the others."""
+    with torch.no_grad():
+        for block in model.blocks:
+            attn = block.attn1
+            for layer in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0], attn.norm_q):
+                layer.weight *= 2
+            block.scale_shift_table *= 2
+        model.proj_out.weight *= 4
 
 
 def rotated(tokens: torch.Tensor, position: int, columns: int) -> torch.Tensor:

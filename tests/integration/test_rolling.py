@@ -1,4 +1,4 @@
-"""Rolling Forcing against a video made with lists of frames, and what holds for every sampler."""
+"""Rolling Forcing against a video made with lists of frames."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from naive_video import CHANNELS, TEXT_DIM, Frame, NaiveTransformer, randn
-from saved_rollouts import assert_same, generator, state_of
+from saved_rollouts import generator
 
-from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
-
-BOUND = 1e-4  # float32; deliberate mistakes in what is seen or where are off by more than 1e-2
+BOUND = 1e-4  # float32; deliberate mistakes in what is seen, and where, are off by more than 1e-2
 STEPS = (1000, 700, 400)
 
 
@@ -172,9 +170,9 @@ CASES = {
 @pytest.mark.parametrize("position_mode", ["sink_relative", "relative"])
 def test_equals_lists_of_frames(name, position_mode):
     chunks, parts, options, shape = CASES[name]
-    if position_mode == "relative" and name.startswith("a small cache"):
-        pytest.skip("relative positions have no distance to the sink")
     naive = NaiveRolling(transformer(shape[0]), chunks, **parts)
+    if position_mode == "relative" and naive.window and naive.window - naive.sink < naive.attended:
+        pytest.skip("context passes see the sink, which by its place in the window is never far away")
     expected = naive.make(drawing(shape))
     pipe = naive.transformer.pipeline(naive.steps)
     options = {**settings(naive, shape), "position_mode": position_mode, **options}
@@ -229,10 +227,10 @@ def test_the_end_of_the_rotary_table_is_not_seen(policy):
     torch.testing.assert_close(videos[0], videos[1], rtol=0, atol=BOUND)
 
 
-# What holds for every sampler.
+# With the tiny checkpoint.
 
 SMALL = {"sampler": "rolling", "sampler_options": {"attended_frames": 8}, "position_mode": "sink_relative"}
-SMALL |= {"height": 32, "width": 32, "num_frames": 53, "chunk_frames": 2, "window_frames": 9, "sink_frames": 2}
+SMALL |= {"height": 32, "width": 32, "num_frames": 53, "chunk_frames": 2, "window_frames": 10, "sink_frames": 2}
 
 
 def start(pipe, **options):
@@ -252,66 +250,12 @@ def test_a_chunk_comes_out_of_every_tick_and_a_stream_equals_a_call(pipe):
     assert torch.equal(torch.cat([chunk.latents for chunk in chunks], dim=2), whole)
 
 
-@pytest.mark.parametrize(("done", "reference_draws"), [(1, False), (3, True), (6, False)])
-def test_resumed_and_forked_in_the_middle_of_a_window(pipe, tmp_path, done, reference_draws):
-    options = {"sampler_options": {"attended_frames": 8, "reference_draws": reference_draws}}
-    expected = list(start(pipe, **options))
-    rollout = start(pipe, **options)
-    for _ in range(done):
-        rollout.step()
-    rollout.save(tmp_path)
-    before, twin = state_of(rollout), rollout.fork()
-    assert_same(list(twin), expected[done:])
-    assert state_of(rollout) == before
-    assert_same(list(pipe.resume(tmp_path)), expected[done:])
-    assert_same(list(rollout), expected[done:])
-
-
-def test_interleaved_rollouts_equal_each_alone(pipe):
-    alone = [list(start(pipe, generator=generator(i))) for i in range(2)]
-    together = zip(*(start(pipe, generator=generator(i)) for i in range(2)), strict=True)
-    for both, expected in zip(together, zip(*alone, strict=True), strict=True):
-        assert_same(both, expected)
-
-
-def test_a_reset_starts_anew(pipe):
-    noise = randn(1, 16, 14, 4, 4)
-    rollout = start(pipe, latents=noise, num_frames=53)
-    for _ in range(3):
-        rollout.step()
-    rollout.reset()
-    rollout.noise.generator.manual_seed(0)
-    assert_same(list(rollout), list(start(pipe, latents=noise, num_frames=53)))
-
-
 def test_interrupted_while_the_first_chunk_is_not_done(pipe):
     rollout = start(pipe)
     rollout.on_progress = rollout.interrupt
     chunk = rollout.step()
     assert (chunk.start_frame, chunk.latents.shape[2]) == (0, 2)
     assert rollout.done
-
-
-@pytest.mark.parametrize(
-    ("options", "given"),
-    [
-        ({}, 0),
-        ({"num_frames": 9}, 0),
-        ({"guidance_scale": 2.0}, 0),
-        ({"chunk_frames": 3, "first_chunk_frames": 1}, 0),
-        ({}, 3),
-    ],
-)
-def test_forwards_are_counted_before(pipe, monkeypatch, options, given):
-    calls = []
-    forward = CausalWanTransformer3DModel.forward
-    monkeypatch.setattr(
-        CausalWanTransformer3DModel, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
-    )
-    options = {**SMALL, **options}
-    latents = randn(1, 16, given, 4, 4) if given else None
-    pipe("a red circle", **options, video_latents=latents, output_type="latent")
-    assert pipe.estimate(given, **options).forwards == len(calls)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +267,7 @@ def test_forwards_are_counted_before(pipe, monkeypatch, options, given):
         ({"clean_pass": False}, "leave out strength, first_chunk_steps and clean_pass"),
         ({"position_mode": "absolute"}, "set position_mode='sink_relative'"),
         ({"num_frames": None, "sampler_options": {"reference_draws": True}}, "has no end"),
-        ({"num_frames": None, "window_frames": 8}, "needs window_frames above attended_frames"),
+        ({"num_frames": None, "window_frames": 9}, "needs window_frames of at least 10"),
     ],
 )
 def test_refuses_what_it_cannot_do(pipe, options, message):
