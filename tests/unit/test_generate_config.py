@@ -94,8 +94,10 @@ def test_every_preset_is_a_recipe_and_nothing_else() -> None:
         "causvid",
         "demo",
         "infinity_rope",
+        "krea_14b",
         "longlive",
         "reward_forcing",
+        "rolling_forcing",
         "self_forcing",
     ]
     for name in preset_names():
