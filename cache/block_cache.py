@@ -156,7 +156,7 @@ class WanKVBlockCache:
         self._plan = self._open = None
 
     def keep_newest(self, num_tokens: int) -> None:
-        """Forget all but the sink and the newest `num_tokens` tokens."""
+        """Forget all but the sink and the newest `num_tokens` tokens, see [`TokenWindow.keep_newest`]."""
         source, target = self.window.keep_newest(num_tokens)
         for buffer in (self._key, self._value):
             if buffer is not None and source:
@@ -256,7 +256,7 @@ class WanKVBlockCache:
         return sum(b.nbytes // b.capacity for b in (self._key, self._value) if b is not None)
 
     def _chronological(self, buffer: TokenBuffer | None) -> torch.Tensor | None:
-        spans = self.window.chronological_spans()
+        spans = self.window.state.held
         if buffer is None or not spans:
             return None
         if len(spans) == 1:

@@ -197,7 +197,7 @@ class WanKVCache:
         num_frames: int,
         tokens_per_frame: int,
         max_positions: int,
-        rotation: Callable[[int], RotaryEmbedding],
+        rotation: Callable[[float], RotaryEmbedding],
     ) -> FramePositions:
         """After `begin_forward`: rotary positions of the chunk, having moved the keys that have to move for them.
 
@@ -227,8 +227,29 @@ class WanKVCache:
                 block.move_sink(sink_rotation)
         return positions
 
+    def pin_newest(self, name: str, num_tokens: int) -> None:
+        """Protect the first `num_tokens` of the newest chunk from eviction as the sink is (LongLive 2.0's shot sink),
+        in the place of what was pinned under `name`. They go when everything but the sink goes.
+
+        Raises:
+            ValueError: the newest chunk has fewer tokens, or a position mode that would move the sink up and leave
+                them behind.
+        """
+        if self.position_mode == "sink_relative":
+            raise ValueError("position_mode 'sink_relative' moves only the sink; pin under 'absolute' or 'relative'")
+        for block in self.block_caches:
+            block.window.pin(name, num_tokens)
+
+    def unpin(self, name: str) -> None:
+        """Let what was pinned under `name` be evicted like any other token. Raises `KeyError` for an unknown name."""
+        for block in self.block_caches:
+            block.window.unpin(name)
+
     def keep_newest(self, num_tokens: int) -> None:
-        """Forget all but the sink and the newest `num_tokens` tokens (Infinity-RoPE's flush at a prompt switch)."""
+        """Forget all but the sink and the newest `num_tokens` tokens (Infinity-RoPE's flush at a prompt switch).
+
+        If the whole newest chunk is among them, it can still be overwritten.
+        """
         if num_tokens < 0:
             raise ValueError(f"num_tokens is {num_tokens}; it must be 0 or more")
         for block in self.block_caches:
@@ -288,6 +309,11 @@ class WanKVCache:
     def num_tokens(self) -> int:
         """Tokens held per block."""
         return self.block_caches[0].window.state.length
+
+    @property
+    def newest_tokens(self) -> int:
+        """Tokens of the newest chunk, which an overwrite replaces; 0 if there is none."""
+        return self.block_caches[0].window.state.newest_size
 
     @property
     def allocated_bytes(self) -> int:

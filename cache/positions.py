@@ -36,14 +36,15 @@ class PlannedFrames:
 class FramePositions:
     """Rotary positions of one forward, in frames."""
 
-    start: int
-    """Of the forward's first frame; its others follow."""
-    keys: tuple[Span, ...] | None = None
+    start: float
+    """Of the forward's first frame; its others follow. A whole number is looked up in the rotary table and a float is
+    computed, see [`CausalWanRotaryPosEmbed.at`]."""
+    keys: tuple[tuple[float, float], ...] | None = None
     """Of all attended keys, in the order in which attention gets them, where they are cached without rotary embedding;
     otherwise they carry it already."""
-    window_shift: int = 0
+    window_shift: float = 0
     """Frames by which all cached keys but the sink's must be moved before the forward: 0 or negative."""
-    sink_shift: int | None = None
+    sink_shift: float | None = None
     """Frames by which the sink's keys must be moved, from where they were written; `None` leaves them."""
 
 
@@ -55,7 +56,7 @@ class PositionPolicy(Protocol):
     def plan(self, frames: PlannedFrames) -> FramePositions:
         """Positions of a forward. Planning the same forward again gives the same."""
 
-    def jump(self, num_frames: int) -> None:
+    def jump(self, num_frames: float) -> None:
         """Move the next chunk away from the past in time (a hard cut)."""
 
     def commit(self, begins_chunk: bool) -> None:
@@ -64,16 +65,19 @@ class PositionPolicy(Protocol):
 
 @dataclass
 class AbsolutePositions:
-    """A frame's number in the video, up to the end of the rotary table."""
+    """A frame's number in the video, up to the end of the rotary table.
+
+    Once a jump was by a float, positions are floats: they may lie between frames and have no end.
+    """
 
     name: ClassVar[str] = "absolute"
-    shift: int = 0
+    shift: float = 0
     """Frames that jumps have added."""
 
     def plan(self, frames: PlannedFrames) -> FramePositions:
         return FramePositions(frames.start + self.shift)
 
-    def jump(self, num_frames: int) -> None:
+    def jump(self, num_frames: float) -> None:
         self.shift += num_frames
 
     def commit(self, begins_chunk: bool) -> None:
@@ -88,8 +92,8 @@ class RelativePositions:
     """
 
     name: ClassVar[str] = "relative"
-    newest_jump: int = 0
-    next_jump: int = 0
+    newest_jump: float = 0
+    next_jump: float = 0
 
     def plan(self, frames: PlannedFrames) -> FramePositions:
         size = frames.tokens_per_frame
@@ -100,14 +104,14 @@ class RelativePositions:
             )
         jump = self.next_jump if frames.begins_chunk else self.newest_jump
         own = frames.num_attended - frames.num_frames
-        positions = []
+        positions: list[tuple[float, float]] = []
         for start, stop in ((start // size, stop // size) for start, stop in frames.places):
             positions.append((start, min(stop, own)))
             positions.append((max(start, own) + jump, stop + jump))
         keys = tuple(span for span in positions if span[0] < span[1])
         return FramePositions(own + jump, keys)
 
-    def jump(self, num_frames: int) -> None:
+    def jump(self, num_frames: float) -> None:
         self.next_jump = num_frames
 
     def commit(self, begins_chunk: bool) -> None:
@@ -125,20 +129,20 @@ class SinkRelativePositions:
     """
 
     name: ClassVar[str] = "sink_relative"
-    shift: int = 0
+    shift: float = 0
     """Frames that jumps have added."""
-    base: int = 0
+    base: float = 0
     """What positions count from."""
-    sink_start: int | None = None
+    sink_start: float | None = None
     """Where the sink is."""
-    sink_origin: int = 0
+    sink_origin: float = 0
     """Where the sink was written."""
 
     def plan(self, frames: PlannedFrames) -> FramePositions:
         if frames.replaces_sink:
             self.sink_start = None
         end = frames.start + self.shift + frames.num_frames - self.base
-        window_shift = 0
+        window_shift: float = 0
         if end > frames.max_positions >= frames.num_attended:
             window_shift = frames.num_attended - end
             self.base -= window_shift
@@ -151,7 +155,7 @@ class SinkRelativePositions:
         self.sink_start = sink_start
         return FramePositions(end - frames.num_frames, None, window_shift, sink_shift)
 
-    def jump(self, num_frames: int) -> None:
+    def jump(self, num_frames: float) -> None:
         self.shift += num_frames
 
     def commit(self, begins_chunk: bool) -> None:

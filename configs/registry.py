@@ -57,6 +57,9 @@ class Registry:
 
 SAMPLERS = Registry("sampler", {"chunkwise": "wan_autoregressive.pipelines.samplers.chunkwise:ChunkwiseSampler"})
 
+_SOLVERS = "wan_autoregressive.schedulers.step_solver"
+SOLVERS = Registry("solver", {"renoise": f"{_SOLVERS}:RenoiseSolver", "unipc": f"{_SOLVERS}:UniPCSolver"})
+
 _SWITCHING = "wan_autoregressive.pipelines.switching"
 SWITCH_POLICIES = Registry(
     "switch_policy",
@@ -66,5 +69,6 @@ SWITCH_POLICIES = Registry(
         "flush": f"{_SWITCHING}:Flush",
         "cut": f"{_SWITCHING}:Cut",
         "blend": f"{_SWITCHING}:Blend",
+        "scene_cut": f"{_SWITCHING}:SceneCut",
     },
 )

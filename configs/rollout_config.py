@@ -18,7 +18,7 @@ from wan_autoregressive.configs.choices import (
     RecacheSink,
     SinkUpdateMode,
 )
-from wan_autoregressive.configs.registry import SAMPLERS, SWITCH_POLICIES
+from wan_autoregressive.configs.registry import SAMPLERS, SOLVERS, SWITCH_POLICIES
 
 
 class RolloutSettings(TypedDict, total=False):
@@ -31,8 +31,10 @@ class RolloutSettings(TypedDict, total=False):
     first_chunk_frames: int | None
     window_frames: int | None
     sink_frames: int
+    given_in_chunk: bool
     sampler: str
     sampler_options: Mapping[str, Any]
+    solver: str
     num_inference_steps: int | None
     denoising_steps: tuple[float, ...] | list[float] | None
     first_chunk_steps: tuple[float, ...] | list[float] | None
@@ -81,11 +83,17 @@ class RolloutConfig:
     """Latent frames in the KV cache at most, sink and current chunk included; `None` keeps the whole video."""
     sink_frames: int = 0
     """First latent frames that are never evicted."""
+    given_in_chunk: bool = False
+    """Given frames that end inside of a chunk stay in it, at timestep 0, while its other frames are made around them
+    (LongLive 2.0's image to video). Off, they are a chunk of their own."""
 
     sampler: str = "chunkwise"
     """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive)."""
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that sampler alone, by name."""
+    solver: str = "renoise"
+    """How a chunk goes from step to step: `renoise` predicts the clean chunk and noises it anew (Self-Forcing);
+    `unipc` is a multistep solver without noise between steps, for evenly spaced steps (LongLive 2.0)."""
     num_inference_steps: int | None = None
     """Evenly spaced denoising steps per chunk, instead of the scheduler's list."""
     denoising_steps: tuple[float, ...] | None = None
@@ -117,7 +125,8 @@ class RolloutConfig:
     """What happens to the past when the prompt changes: `recache` rebuilds the window's keys and values under the new
     prompt (LongLive); `cross_attention` only changes the text; `flush` keeps the sink and the newest `flush_frames`
     frames, `cut` does so and jumps `cut_jump_frames` ahead in time (Infinity-RoPE); `blend` interpolates the
-    embeddings over `blend_chunks` chunks."""
+    embeddings over `blend_chunks` chunks; `scene_cut` begins a shot with first frames of its own beside the sink
+    (LongLive 2.0), its parameters are `switch_options`."""
     recache_sink: RecacheSink = "keep"
     """Whether a re-cache keeps the sink's keys and values of the old prompt, or `refresh`: the oldest frames of the
     window become the new sink."""
@@ -128,7 +137,8 @@ class RolloutConfig:
     blend_chunks: int = 4
     """Chunks that a blend takes from the old prompt to the new one."""
     switch_options: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters of a switch policy from another package, by name."""
+    """Parameters by name, of a switch policy that has no fields here: `position_offset`, `pin`, `clean_recache` and
+    `words` of `scene_cut`, and those of other packages."""
 
     park_vae_state: bool = False
     """Keep the VAE decoder's state in CPU memory between chunks: less GPU memory for two transfers per chunk."""
@@ -158,6 +168,7 @@ class RolloutConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are {', '.join(map(str, allowed))}")
         SAMPLERS.check(self.sampler)
+        SOLVERS.check(self.solver)
         SWITCH_POLICIES.check(self.switch_policy)
         check_window(self.window_frames, self.sink_frames, self.largest_chunk_frames)
         check_sink_update(self.sink_update, self.sink_frames, self.position_mode, self.kv_dtype)

@@ -188,7 +188,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
         like = hidden_states.new_empty(hidden_states.shape[0], 0, heads, head_dim)
         block_caches: Sequence[WanKVBlockCache | None] = [None] * len(self.blocks)
-        start, key_positions = frame_offset, None
+        start: float = frame_offset
+        key_positions = None
         if kv_cache is not None:
             self._check_kv_cache(kv_cache)
             size = height * width
@@ -199,7 +200,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             positions = kv_cache.plan_positions(frame_offset, frames, size, rope.max_seq_len, rope.rotation)
             start, key_positions = positions.start, positions.keys
 
-        def tables(name: Hashable, positions: Sequence[tuple[int, int]]) -> RotaryEmbedding:
+        def tables(name: Hashable, positions: Sequence[tuple[float, float]]) -> RotaryEmbedding:
             def make() -> RotaryEmbedding:
                 cos, sin = self.rope.at(positions, height, width)
                 return cos.to(hidden_states.device), sin.to(hidden_states.device)

@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 
 from wan_autoregressive.cache import MovingAverageSink, WanKVCache
+from wan_autoregressive.configs.registry import SOLVERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models import CausalWanTransformer3DModel, VideoCodec
 from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of, pixel_frames_of
@@ -110,7 +111,8 @@ class WanComponents:
     def frame_grid(self, config: RolloutConfig, given_frames: int = 0) -> FrameGrid:
         """The video's chunks."""
         total = None if config.num_frames is None else self.geometry.latent_frames(config.num_frames)
-        return FrameGrid(config.chunk_frames, config.first_chunk_frames or config.chunk_frames, given_frames, total)
+        first = config.first_chunk_frames or config.chunk_frames
+        return FrameGrid(config.chunk_frames, first, given_frames, total, split_at_given=not config.given_in_chunk)
 
     # What a rollout starts with.
 
@@ -119,13 +121,18 @@ class WanComponents:
 
         Args:
             scheduler_config (`dict`, *optional*): Of a scheduler to use in the place of the component.
+
+        Raises:
+            ValueError: steps that the solver cannot take.
         """
         later = SelfForcingScheduler.from_config(scheduler_config or self.scheduler.config)
         later.set_timesteps(config.num_inference_steps, denoising_steps=config.denoising_steps)
-        if config.first_chunk_steps is None:
-            return later, later
-        first = SelfForcingScheduler.from_config(later.config)
-        first.set_timesteps(denoising_steps=config.first_chunk_steps)
+        first = later
+        if config.first_chunk_steps is not None:
+            first = SelfForcingScheduler.from_config(later.config)
+            first.set_timesteps(denoising_steps=config.first_chunk_steps)
+        for scheduler in (first, later):
+            SOLVERS.load(config.solver)(scheduler)  # refuses steps now instead of after some chunks
         return first, later
 
     def new_kv_cache(self, config: RolloutConfig, total_frames: int | None) -> WanKVCache:

@@ -129,10 +129,11 @@ class Expert:
         return tensor
 
     def keep_newest(self, num_tokens: int) -> None:
-        """Forget all but the sink and the newest tokens."""
-        for cache in self.caches:
+        """Forget all but the sink and the newest tokens. A newest chunk that stays whole can still be overwritten."""
+        for branch, cache in enumerate(self.caches):
             cache.keep_newest(num_tokens)
-        self._newest = [None] * len(self.caches)
+            if not cache.newest_tokens:
+                self._newest[branch] = None
 
     def reset(self) -> None:
         for cache in self.caches:
@@ -228,12 +229,18 @@ class Denoiser:
         self.prompt = prompt
 
     def keep_newest(self, num_frames: int) -> None:
-        """Forget all but the sink and the newest frames, under every prompt."""
+        """Forget all but the sink and the newest frames, under every prompt. A newest chunk that stays whole can still
+        be overwritten."""
         for expert in self.experts:
             expert.keep_newest(num_frames * self._tokens_per_frame)
 
-    def jump(self, num_frames: int) -> None:
-        """Move the next chunk away from the past in time."""
+    def pin_newest(self, name: str, num_frames: int) -> None:
+        """Protect the first frames of the newest chunk from eviction, in the place of what was pinned under `name`."""
+        for cache in self._caches:
+            cache.pin_newest(name, num_frames * self._tokens_per_frame)
+
+    def jump(self, num_frames: float) -> None:
+        """Move the next chunk away from the past in time; by a float there is no end to positions any more."""
         for cache in self._caches:
             cache.positions.jump(num_frames)
 

@@ -13,6 +13,8 @@ class Chunk:
     stop: int
     given: bool
     """Whether the frames were given by the caller instead of being generated."""
+    fixed_frames: int = 0
+    """Of a chunk to generate, the first ones that were given and stay as they are."""
 
     @property
     def num_frames(self) -> int:
@@ -28,7 +30,7 @@ class FrameGrid:
     """A grid of chunks from frame 0: one of `first_chunk_frames`, then of `chunk_frames` each.
 
     Given frames fill the grid from its start; where they end inside a chunk, that chunk is split there and its
-    remainder is generated. The last chunk ends with the video.
+    remainder is generated, or it is generated whole around them. The last chunk ends with the video.
     """
 
     chunk_frames: int
@@ -36,6 +38,8 @@ class FrameGrid:
     given_frames: int = 0
     total_frames: int | None = None
     """Latent frames of the whole video; `None` for one without end."""
+    split_at_given: bool = True
+    """Whether a chunk is split where given frames end inside of it."""
 
     def chunk(self, index: int, start: int) -> Chunk:
         """The chunk that starts at latent frame `start`."""
@@ -44,12 +48,12 @@ class FrameGrid:
         else:
             done = (start - self.first_chunk_frames) // self.chunk_frames
             stop = self.first_chunk_frames + (done + 1) * self.chunk_frames
-        given = start < self.given_frames
+        given = start < self.given_frames and (self.split_at_given or stop <= self.given_frames)
         if given:
             stop = min(stop, self.given_frames)
         if self.total_frames is not None:
             stop = min(stop, self.total_frames)
-        return Chunk(index, start, stop, given)
+        return Chunk(index, start, stop, given, 0 if given else max(0, self.given_frames - start))
 
     def __iter__(self) -> Iterator[Chunk]:
         index, start = 0, 0
@@ -57,6 +61,11 @@ class FrameGrid:
             chunk = self.chunk(index, start)
             yield chunk
             index, start = index + 1, chunk.stop
+
+    @property
+    def first_generated_frame(self) -> int:
+        """Where the first chunk to generate starts."""
+        return next((chunk.start for chunk in self if not chunk.given), self.given_frames)
 
     @property
     def num_generated_chunks(self) -> int:

@@ -40,7 +40,8 @@ def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: 
             f"window_frames {config.window_frames} (and cut_jump_frames) make positions up to "
             f"{config.highest_position}; the rotary table ends at {model.rope_max_seq_len}"
         )
-    if total is not None and (config.highest_position or total) > model.rope_max_seq_len:
+    endless = SWITCH_POLICIES.load(config.switch_policy).has_endless_positions
+    if not endless and total is not None and (config.highest_position or total) > model.rope_max_seq_len:
         longest = geometry.pixel_frames(model.rope_max_seq_len)
         raise ValueError(
             f"num_frames is {config.num_frames} ({total} latent frames); absolute positions end at "
@@ -61,9 +62,10 @@ def check_tensors(
     """Raise `ValueError` for noise, given latents or generators that do not fit the video."""
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"got {len(generator)} generators for {batch_size} videos; pass one for each, or only one")
-    total = components.frame_grid(config).total_frames
+    grid = components.frame_grid(config, given_frames)
+    total = grid.total_frames
     for name, tensor, frames in (
-        ("latents", latents, None if total is None else total - given_frames),
+        ("latents", latents, None if total is None else total - grid.first_generated_frame),
         ("video_latents", video_latents, given_frames),
     ):
         if tensor is None:

@@ -33,7 +33,7 @@ class NoiseSource:
         """What generated frames start from.
 
         Args:
-            first_frame (`int`): Generated frames before it; given ones do not count.
+            first_frame (`int`): Frames of generated chunks before it; chunks of given ones do not count.
         """
         if self._initial is not None:
             return self._initial[:, :, first_frame : first_frame + num_frames]

@@ -1,5 +1,6 @@
 """The pipeline: from a prompt to a video that grows chunk by chunk."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -149,7 +150,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             generator (`torch.Generator` or a list with one per video, *optional*): Noise and re-noise are drawn chunk
                 by chunk, step by step, as (batch, channels, frames, height, width).
             latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Initial noise of
-                the generated frames.
+                the chunks to generate.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`,
                 *optional*): Instead of text.
             output_type (`str`, defaults to `"np"`): `np`, `pil`, `pt` or `latent`.
@@ -302,9 +303,11 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height, width = pixel_size(
             settings.get("height"), settings.get("width"), geometry.scale_factor_spatial, latents, video_latents
         )
-        num_frames = pixel_frames(settings.get("num_frames"), latents, given_frames, source, factor)
-        resolved: dict[str, Any] = {**settings, "height": height, "width": width, "num_frames": num_frames}
+        resolved: dict[str, Any] = {**settings, "height": height, "width": width}
         config = RolloutConfig(**resolved)
+        frames_before = components.frame_grid(config, given_frames).first_generated_frame
+        num_frames = pixel_frames(config.num_frames, latents, frames_before, source, factor)
+        config = dataclasses.replace(config, num_frames=num_frames)
         first_prompt = check_one_of(prompt=prompt, prompt_embeds=prompt_embeds)
         if first_prompt is None:
             first_prompt = check_one_of(required=True, prompt=schedule.pop(0, None), prompt_embeds=None)

@@ -52,7 +52,7 @@ class WanRollout:
 
     Args:
         given_latents: `(batch, channels, frames, height, width)` that come first in the video.
-        latents: Initial noise of the generated frames, instead of drawing it.
+        latents: Initial noise of the chunks to generate, instead of drawing it.
         schedulers: Of the first generated chunk and of later ones, instead of those that component and settings give.
         seconds_before: What was spent on this video before, by stage.
     """
@@ -105,6 +105,7 @@ class WanRollout:
             noise=self.noise,
             history=self.history,
             observer=self,
+            given_latents=given_latents,
             source=source,
         )
         self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)

@@ -3,10 +3,11 @@
 import copy
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
+from wan_autoregressive.configs.registry import SOLVERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.components import Schedulers
 from wan_autoregressive.pipelines.denoiser import Denoiser, Window
@@ -15,7 +16,7 @@ from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.source_video import SourceVideo
 from wan_autoregressive.pipelines.timings import StageTimings
-from wan_autoregressive.schedulers import SelfForcingScheduler
+from wan_autoregressive.schedulers import SelfForcingScheduler, StepSolver
 
 
 class StepObserver(Protocol):
@@ -40,6 +41,8 @@ class SamplingContext:
     history: LatentHistory
     """Clean latents of the chunks that are done."""
     observer: StepObserver
+    given_latents: torch.Tensor | None = None
+    """`(batch, channels, frames, height, width)` that come first in the video."""
     source: SourceVideo | None = None
     """Of video to video."""
     timings: StageTimings | None = None
@@ -48,7 +51,11 @@ class SamplingContext:
     def scheduler_of(self, chunk: Chunk) -> SelfForcingScheduler:
         """The first generated chunk may have a step list of its own."""
         first, later = self.schedulers
-        return first if chunk.start == self.grid.given_frames else later
+        return first if chunk.start == self.grid.first_generated_frame else later
+
+    def new_solver(self, chunk: Chunk) -> StepSolver:
+        """For the steps of one chunk."""
+        return SOLVERS.load(self.config.solver)(self.scheduler_of(chunk))
 
 
 class Sampler:
@@ -58,6 +65,9 @@ class Sampler:
     chunk goes through `state_dict`, `load_state_dict`, `fork` and `reset`. It is found by its name in
     `configs.registry.SAMPLERS`; the keywords of its constructor are its `sampler_options`.
     """
+
+    denoises_by_chunk: ClassVar[bool] = False
+    """Whether a chunk goes through its steps by itself, so that any solver will do and given frames may be in it."""
 
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
@@ -69,6 +79,13 @@ class Sampler:
             inspect.signature(cls).bind(None, **config.sampler_options)
         except TypeError as error:
             raise ValueError(f"sampler_options do not fit sampler {config.sampler!r}: {error}") from error
+        if config.solver != "renoise" and not cls.denoises_by_chunk:
+            raise ValueError(
+                f"sampler {config.sampler!r} noises frames anew between steps; it works with solver 'renoise', got "
+                f"{config.solver!r}"
+            )
+        if config.given_in_chunk and not cls.denoises_by_chunk:
+            raise ValueError(f"given_in_chunk does not work with sampler {config.sampler!r}; leave it out")
 
     def prepare(self, chunk: Chunk) -> Chunk:
         """Take what a chunk needs from outside, before anything runs; it may come out shorter.

@@ -1,4 +1,4 @@
-"""One chunk after the other: Self-Forcing, LongLive, CausVid.
+"""One chunk after the other: Self-Forcing, LongLive 1 and 2, CausVid.
 
 A chunk is denoised in a few steps that see the clean past in the cache; then a context pass writes the chunk's own
 clean keys and values. That pass runs before the next chunk, so that a chunk is handed out without waiting for it and
@@ -17,6 +17,17 @@ from wan_autoregressive.pipelines.samplers.base import Sampler, SamplingContext,
 
 class ChunkwiseSampler(Sampler):
     """Finishes one chunk before it begins the next."""
+
+    denoises_by_chunk = True
+
+    @classmethod
+    def check(cls, config: RolloutConfig) -> None:
+        super().check(config)
+        if config.strength is not None and config.solver != "renoise":
+            raise ValueError(
+                f"strength starts inside of the steps, which solver {config.solver!r} cannot; use 'renoise' for video "
+                "to video"
+            )
 
     def __init__(self, context: SamplingContext) -> None:
         super().__init__(context)
@@ -41,20 +52,35 @@ class ChunkwiseSampler(Sampler):
 
     def next_chunk(self, chunk: Chunk) -> torch.Tensor:
         context = self.context
-        scheduler, noise = context.scheduler_of(chunk), context.noise
-        latents = noise.initial(chunk.start - context.grid.given_frames, chunk.num_frames)
-        timesteps = scheduler.timesteps.tolist()
+        solver, noise = context.new_solver(chunk), context.noise
+        latents = noise.initial(chunk.start - context.grid.first_generated_frame, chunk.num_frames)
+        timesteps = solver.timesteps
         if self._source_latents is not None:
             timesteps = timesteps[len(timesteps) - context.config.num_source_steps(len(timesteps)) :]
-            latents = scheduler.add_noise(self._source_latents, latents, timesteps[0])
+            latents = context.scheduler_of(chunk).add_noise(self._source_latents, latents, timesteps[0])
         for timestep in timesteps:
-            flow = context.denoiser.predict(latents, Window(chunk.frames, (timestep,)))
-            latents = scheduler.step(flow, timestep, latents, generator=noise.generator).prev_sample
+            latents = self._with_given(chunk, latents)
+            flow = context.denoiser.predict(latents, Window(chunk.frames, self._timesteps(chunk, timestep)))
+            latents = self._with_given(chunk, solver.step(flow, timestep, latents, noise.generator))
             latents = context.observer.step_done(chunk, timestep, latents)
             if context.observer.interrupted:
                 break
         self._due = chunk.frames if context.config.clean_pass else None
         return latents
+
+    def _with_given(self, chunk: Chunk, latents: torch.Tensor) -> torch.Tensor:
+        """The latents of a chunk with the frames that were given in their places."""
+        given = self.context.given_latents
+        if given is None or not chunk.fixed_frames:
+            return latents
+        return torch.cat([given[:, :, chunk.start :], latents[:, :, chunk.fixed_frames :]], dim=2)
+
+    @staticmethod
+    def _timesteps(chunk: Chunk, timestep: float) -> tuple[float, ...]:
+        """Given frames are clean."""
+        if not chunk.fixed_frames:
+            return (timestep,)
+        return (0.0,) * chunk.fixed_frames + (timestep,) * (chunk.num_frames - chunk.fixed_frames)
 
     @classmethod
     def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:

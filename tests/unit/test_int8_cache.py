@@ -106,9 +106,8 @@ def test_attention_gets_the_newest_chunk_itself_and_the_past_as_it_is_kept():
             kept = block.cached_key, block.cached_value
             for attended, exact, held in zip(got, chunk, kept, strict=True):
                 newest = torch.zeros(attended.shape[1], dtype=torch.bool)
-                start = block.window.state.newest_start
-                for slot in range(start, start + CHUNK):
-                    newest[slot if slot < cache.window_size else slot - cache.window_size + cache.sink_size] = True
+                for start, stop in block.window.state.newest:
+                    newest[start:stop] = True
                 assert torch.equal(held[:, -CHUNK:], dequantize(*quantize(exact)))
                 past = held[:, :-CHUNK].sort(dim=1).values
                 assert torch.equal(attended[:, ~newest].sort(dim=1).values, past)
