@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
-from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.positions import POSITION_POLICIES, FramePositions, PlannedFrames, PositionPolicy
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
+from wan_autoregressive.cache.static_buffers import StaticBuffers
 from wan_autoregressive.cache.token_window import PastView, WriteMode
 from wan_autoregressive.configs.choices import KV_DTYPES, KVDtype, PositionMode
 
@@ -101,7 +101,7 @@ class WanKVCache:
                 f"a sink_update changes the sink by less than the rounding of kv_dtype {kv_dtype!r}; leave out one of "
                 "them"
             )
-        self.slots = FixedMemory()
+        self.slots = StaticBuffers()
         """The numbers of the newest chunk's slots, for each size of a chunk."""
         self.block_caches = [
             WanKVBlockCache(window_size, sink_size, max_tokens, sink_update, kv_dtype, self.slots)

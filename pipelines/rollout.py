@@ -28,6 +28,7 @@ from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState
+from wan_autoregressive.pipelines.rollout_guard import RolloutGuard
 from wan_autoregressive.pipelines.rollout_state import read_rollout_state, write_rollout_state
 from wan_autoregressive.pipelines.samplers import Sampler, SamplingContext
 from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
@@ -85,7 +86,7 @@ class WanRollout:
         """Called after every denoising step."""
         self._on_step_end = on_step_end
         self._seconds_before = dict(seconds_before or {})
-        self._lock = threading.Lock()
+        self._guard = RolloutGuard()
         self._seconds_lock = threading.Lock()
 
         geometry = components.geometry
@@ -118,7 +119,6 @@ class WanRollout:
         self.steps_done = 0
         """Denoising steps over all chunks."""
         self.interrupted = False
-        self._failed = False
         self._steps_finite: list[torch.Tensor] = []
 
     # What a caller does with it.
@@ -201,7 +201,7 @@ class WanRollout:
             ValueError: a setting that a video cannot change, or a value that cannot work.
             RuntimeError: during a step.
         """
-        with self.held("change"):
+        with self._guard.held("change"):
             config = self.config.changed(**settings)
             check_extensions(config)
             self.schedulers = self.components.schedulers(config, dict(self.schedulers[1].config))
@@ -224,7 +224,7 @@ class WanRollout:
         """
         if self.source is not None:
             raise RuntimeError("this rollout reads a source video and cannot start again; make a new rollout")
-        with self.held("reset"):
+        with self._guard.held("reset"):
             self.denoiser.reset()
             self.history.clear()
             self.sampler.reset()
@@ -232,7 +232,8 @@ class WanRollout:
             if self.vae_decoder is not None:
                 self.vae_decoder.reset()
             self.chunks_done = self.frames_done = self.steps_done = 0
-            self.interrupted = self._failed = False
+            self.interrupted = False
+            self._guard.mend()
 
     def interrupt(self) -> None:
         """Stop after the current denoising step. The chunk in the making is handed out as it is then."""
@@ -299,7 +300,7 @@ class WanRollout:
             twin.sampler = self.sampler.fork(twin._context)
             twin.vae_decoder = None if self.vae_decoder is None else self.vae_decoder.fork()
             twin._seconds_before = dict(self._seconds_before)
-            twin._lock, twin._seconds_lock, twin.on_progress = threading.Lock(), threading.Lock(), None
+            twin._guard, twin._seconds_lock, twin.on_progress = RolloutGuard(), threading.Lock(), None
             return twin
 
     # What a caller looks at.
@@ -349,47 +350,28 @@ class WanRollout:
     # One chunk.
 
     @contextmanager
-    def held(self, verb: str) -> Iterator[None]:
-        """Keep others from changing the rollout. Raises `RuntimeError` while something else does."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                f"cannot {verb} this rollout while it is in use; do it between two steps (a thread may be in step(), "
-                "save() or fork(), or an iterator that decodes alongside may still be open)"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    @contextmanager
     def stepping(self, prompt: Prompt | None = None) -> Iterator[None]:
         """Hold the rollout while chunks are made; an exception leaves it failed. Raises `RuntimeError` as `step`."""
-        with self.held("step"):
-            if self._failed:
-                raise RuntimeError(
-                    "a step of this rollout failed, or an iterator that ran ahead was closed, and left it "
-                    "half-written; reset() starts anew"
-                )
+        with self._guard.held("step"):
+            self._guard.check_whole("step")
             if self.done:
                 raise RuntimeError(f"the video is complete with {self.frames_done} latent frames; reset() starts anew")
             if prompt is not None:
                 self.set_prompt(prompt)
-            self._failed = True
-            try:
-                yield
-            except SourceEndedError:
-                self.interrupted, self._failed = True, False
-                raise
-            self._failed = False
+            with self._guard.writing(harmless=SourceEndedError):
+                try:
+                    yield
+                except SourceEndedError:
+                    self.interrupted = True
+                    raise
 
     @contextmanager
     def _between_steps(self, verb: str) -> Iterator[None]:
         """Hold the rollout. Raises `RuntimeError` where there is nothing whole to take."""
         if self.source is not None:
             raise RuntimeError(f"cannot {verb} this rollout: its source video is a stream and cannot be read twice")
-        with self.held(verb):
-            if self._failed:
-                raise RuntimeError(f"cannot {verb} this rollout: a step failed and left it half-written")
+        with self._guard.held(verb):
+            self._guard.check_whole(verb)
             yield
 
     def begin_chunk(self) -> ChunkInFlight:
