@@ -8,6 +8,7 @@ import torch
 from wan_autoregressive.cache.any_length import allow_any_length
 from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.int8_buffer import Int8Buffer
+from wan_autoregressive.cache.positions import SinkView
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.token_buffer import Layout, TokenBuffer
@@ -64,6 +65,7 @@ class WanKVBlockCache:
         self._initial_capacity = window_size if window_size != -1 else max_tokens
         self._plan: WritePlan | None = None
         self._planned_tokens = 0
+        self._moves_sink = True
         self._open: _OpenWindow | None = None
         self._slots = FixedMemory() if slots is None else slots
         self._buffer_type: type[TokenBuffer] = Int8Buffer if kv_dtype == "int8" else TokenBuffer
@@ -77,6 +79,7 @@ class WanKVBlockCache:
         not fit."""
         self._plan, self._open = self.window.plan(num_tokens, mode, keep, view), None
         self._planned_tokens = num_tokens
+        self._moves_sink = view is None or view.sink
 
     def open(self, like: torch.Tensor, slots: OpenSlots | None = None) -> OpenSlots:
         """Make room for the planned write, and let the sink take up what goes. `write` does so if nobody has.
@@ -188,6 +191,20 @@ class WanKVBlockCache:
         if plan.past is None:
             return self.window.places(plan.state_after)
         return ((0, sum(stop - start for start, stop in plan.past) + self._planned_tokens),)
+
+    @property
+    def planned_sink(self) -> SinkView:
+        """How the planned `write` lets the sink be seen."""
+        past = self._needed_plan().past
+        if past is not None and all(start >= self.window.sink_size for start, _ in past):
+            return "unseen"
+        return "moved" if self._moves_sink else "in_place"
+
+    @property
+    def planned_held(self) -> int:
+        """Tokens that are held once the planned `write` is done, and those of the chunk that are not kept."""
+        plan = self._needed_plan()
+        return plan.state_after.length + self._planned_tokens - plan.kept
 
     @property
     def planned_tokens(self) -> int:

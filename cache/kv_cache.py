@@ -210,9 +210,17 @@ class WanKVCache:
             ValueError: relative positions with a window, sink or chunk that is not a whole number of frames.
         """
         replaces_sink = self._mode == "rewrite_all"
-        places = self.block_caches[0].planned_places
+        block = self.block_caches[0]
         planned = PlannedFrames(
-            *(start_frame, num_frames, places, tokens_per_frame, self._begins_chunk, replaces_sink, max_positions)
+            start=start_frame,
+            num_frames=num_frames,
+            places=block.planned_places,
+            tokens_per_frame=tokens_per_frame,
+            begins_chunk=self._begins_chunk,
+            replaces_sink=replaces_sink,
+            max_positions=max_positions,
+            num_held=block.planned_held // tokens_per_frame,
+            sink=block.planned_sink,
         )
         positions = self.positions.plan(planned)
         window_rotation = rotation(positions.window_shift) if positions.window_shift else None

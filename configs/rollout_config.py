@@ -88,7 +88,9 @@ class RolloutConfig:
     (LongLive 2.0's image to video). Off, they are a chunk of their own."""
 
     sampler: str = "chunkwise"
-    """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive)."""
+    """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive),
+    `rolling` denoises a window of chunks at rising noise (Rolling Forcing), `recompute` makes the past anew for every
+    chunk (Krea Realtime). See `docs/SAMPLERS.md`."""
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that sampler alone, by name."""
     solver: str = "renoise"

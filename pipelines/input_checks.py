@@ -89,3 +89,5 @@ def check_prompts(
         raise ValueError("video to video needs a VAE, which this pipeline does not have")
     if config.output_type != "latent" and components.codec is None:
         raise ValueError(f"output_type is {config.output_type!r} but this pipeline has no VAE; use 'latent'")
+    if SAMPLERS.load(config.sampler).needs_pixels(config) and components.codec is None:
+        raise ValueError(f"sampler {config.sampler!r} needs a VAE, which this pipeline does not have")

@@ -105,11 +105,13 @@ class WanRollout:
             noise=self.noise,
             history=self.history,
             observer=self,
+            encode=components.encode_pixels,
             given_latents=given_latents,
             source=source,
         )
         self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)
-        self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
+        needs_decoder = config.output_type != "latent" or self.sampler.needs_pixels(config)
+        self.vae_decoder = self._new_vae_decoder() if needs_decoder else None
         self.chunks_done = 0
         self.frames_done = 0
         """Latent frames that the video has."""
@@ -157,12 +159,18 @@ class WanRollout:
                 under way is still handed out, and the rollout is as after as many `step()`: it can go on and be saved.
 
         Raises:
-            ValueError: `decode_alongside` with models that are offloaded, which cannot run at the same time.
+            ValueError: `decode_alongside` with models that are offloaded, which cannot run at the same time, or with a
+                sampler that needs the pixels.
             RuntimeError: when the first chunk is asked for, as `step`.
         """
         stop = stop or (lambda: False)
         if decode_alongside and self.vae_decoder is not None:
             check_decode_alongside(self.components)
+            if self.sampler.needs_pixels(self.config):
+                raise ValueError(
+                    f"sampler {self.config.sampler!r} begins a chunk from the pixels of the one before, which cannot "
+                    "be decoded alongside; leave out decode_alongside"
+                )
             return chunks_decoded_alongside(self, stop)
         return self._chunks_one_by_one(stop)
 
@@ -328,7 +336,7 @@ class WanRollout:
     @property
     def num_steps(self) -> int:
         """Denoising steps over all chunks. Only for a video with an end."""
-        first, later = (self.config.num_source_steps(len(scheduler.timesteps)) for scheduler in self.schedulers)
+        first, later = (self.sampler.num_steps(self.config, len(own.timesteps)) for own in self.schedulers)
         return first + (self.num_generated_chunks - 1) * later
 
     @property
@@ -336,7 +344,7 @@ class WanRollout:
         """Bytes held between steps: keys and values, prompts', inputs of forwards, latents, the VAE's state."""
         decoder = 0 if self.vae_decoder is None else self.vae_decoder.state_bytes
         parts = self.denoiser.kv_cache_bytes, self.denoiser.text_kv_bytes, self.denoiser.input_bytes
-        return sum(parts) + self.history.nbytes + decoder
+        return sum(parts) + self.history.nbytes + self.sampler.nbytes + decoder
 
     # One chunk.
 
@@ -432,10 +440,12 @@ class WanRollout:
             device = self.components.codec_device
             with in_flight.timings.stage("decode", device):
                 pixels = self.vae_decoder.decode(in_flight.latents.to(device))
+                self.sampler.take_pixels(chunk, pixels)
                 if self.config.num_frames is not None:
                     pixels = pixels[:, :, : self.config.num_frames - first_frame]
                 pixels_finite = pixels.isfinite().all()
-                frames = pixels_as(self.config.output_type, pixels)
+                if self.config.output_type != "latent":
+                    frames = pixels_as(self.config.output_type, pixels)
         check_finite(in_flight.steps_finite, pixels_finite, chunk)  # last: it waits for the device, as pixels do
         return WanVideoChunk(
             frames=frames,
