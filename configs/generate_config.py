@@ -217,8 +217,8 @@ def _check_numbers(rollout: RolloutConfig) -> None:
         steps = getattr(rollout, name)
         if steps is None:
             continue
-        if any(not 0 < step <= TABLE_STEPS for step in steps):
-            raise ValueError(f"{name}: every step must be above 0 and at most {TABLE_STEPS}, got {_listed(steps)}")
+        if any(not 0 <= step <= TABLE_STEPS for step in steps):
+            raise ValueError(f"{name}: every step must be from 0 to {TABLE_STEPS}, got {_listed(steps)}")
         if not steps or any(a <= b for a, b in itertools.pairwise(steps)):
             raise ValueError(f"{name} must descend, got {_listed(steps)}")
 

@@ -55,8 +55,11 @@ def differences(
 
 def scheduler_of(meta: dict[str, Any]) -> SelfForcingScheduler:
     schedule = meta["schedule"]
+    # By keyword: diffusers takes what is passed by position for a default, and leaves it out of copies.
     return SelfForcingScheduler(
-        schedule["denoising_step_list_arg"], schedule["timestep_shift"], schedule["warp_denoising_step"]
+        denoising_steps=schedule["denoising_step_list_arg"],
+        shift=schedule["timestep_shift"],
+        warp=schedule["warp_denoising_step"],
     )
 
 
