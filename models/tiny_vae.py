@@ -23,7 +23,6 @@ from torch import nn
 from wan_autoregressive.models.checkpoint_files import load_checkpoint
 from wan_autoregressive.models.tiny_vae_layers import (
     Memory,
-    TimeGrowth,
     make_decoder,
     make_encoder,
     make_super_decoder,
@@ -121,7 +120,7 @@ class AutoencoderTinyWan(ModelMixin, ConfigMixin):
         latent_space: LatentSpace = "normalised",
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> AutoencoderTinyWan:
         """Load a published `.pth` or `.safetensors` file; all sizes are read off its tensors.
 
@@ -129,7 +128,7 @@ class AutoencoderTinyWan(ModelMixin, ConfigMixin):
             path: such as `taew2_1.pth`, `taew2_2.pth`, `taew2_2_super.pth`, `lighttaew2_1.pth`.
             latent_space: `"raw"` for LightTAE files; the file does not say.
             latents_mean, latents_std: see the class.
-            torch_dtype: None keeps the file's.
+            dtype: None keeps the file's.
 
         Raises:
             ValueError: one line; there is no such file, it holds code, or it is no TAEHV.
@@ -147,13 +146,12 @@ class AutoencoderTinyWan(ModelMixin, ConfigMixin):
         if shapes != expected:
             name = min(name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name))
             raise ValueError(
-                f"{os.fspath(path)} is no TAEHV checkpoint: {name} has the shape {shapes.get(name)}, expected "
-                f"{expected.get(name)}"
+                f"{os.fspath(path)}: not a TAEHV checkpoint: {name} is {shapes.get(name, 'absent')}, expected "
+                f"{expected.get(name, 'nothing of this name')}"
             )
         model.load_state_dict(state_dict, assign=True)
-        model.requires_grad_(True)
-        if torch_dtype is not None:
-            nn.Module.to(model, torch_dtype)  # the model's own `to` warns about dtypes
+        if dtype is not None:
+            nn.Module.to(model, dtype)  # the model's own `to` warns about dtypes
         return model.eval()
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[IdentityDistribution]:
@@ -253,41 +251,6 @@ def check_video(vae: AutoencoderTinyWan, video: torch.Tensor) -> None:
     ratio = vae.config["scale_factor_spatial"]
     if video.shape[-2] % ratio or video.shape[-1] % ratio:
         raise ValueError(f"video is {video.shape[-2]}x{video.shape[-1]} pixels; both must be multiples of {ratio}")
-
-
-def tiny_vae_decode_flops(vae: AutoencoderTinyWan, batch_size: int, height: int, width: int) -> int:
-    """Floating-point operations of the convolutions in decoding one latent frame, whichever it is; exact.
-
-    A multiplication and an addition count as two, as in `torch.utils.flop_counter`.
-
-    Args:
-        vae: only its layers' shapes are read.
-        batch_size: videos decoded together.
-        height, width: of the video, in pixels.
-
-    Raises:
-        ValueError: sizes are not positive multiples of the model's spatial factor, or the batch is empty.
-    """
-    check_sizes(vae, batch_size, height, width)
-    ratio = vae.config["scale_factor_spatial"]
-    positions, flops = batch_size * (height // ratio) * (width // ratio), 0
-    for layer in vae.decoder:
-        if isinstance(layer, nn.Upsample | nn.PixelShuffle):
-            positions *= 4
-        flops += sum(2 * positions * conv.weight.numel() for conv in layer.modules() if isinstance(conv, nn.Conv2d))
-        if isinstance(layer, TimeGrowth):
-            positions *= layer.stride
-    return flops
-
-
-def check_sizes(vae: AutoencoderTinyWan, batch_size: int, height: int, width: int) -> None:
-    """Raise ValueError unless these are sizes of a video, in pixels, that `vae` can decode."""
-    ratio = vae.config["scale_factor_spatial"]
-    if batch_size < 1 or min(height, width) < ratio or height % ratio or width % ratio:
-        raise ValueError(
-            f"batch_size {batch_size}, height {height}, width {width}: need at least 1 video and positive "
-            f"multiples of {ratio} pixels"
-        )
 
 
 def _check(x: torch.Tensor, name: str, channels: int) -> None:

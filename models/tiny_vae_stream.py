@@ -19,12 +19,10 @@ from typing import Any, TypeVar
 import torch
 from diffusers.models.autoencoders.vae import IdentityDistribution
 from diffusers.utils.torch_utils import get_module_execution_device
-from torch import nn
 
 from wan_autoregressive.models.tiny_vae import (
     AutoencoderTinyWan,
     check_latents,
-    check_sizes,
     check_video,
     decode_part,
     encode_part,
@@ -251,32 +249,6 @@ class TinyVaeEncoder(_TinyVaeStream):
     def _check_unfinished(self) -> None:
         if self._finished:
             raise RuntimeError("this stream was finished: reset() it for another video")
-
-
-def tiny_vae_state_bytes(vae: AutoencoderTinyWan, batch_size: int, height: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes that a `TinyVaeDecoder` will hold between calls, known without running or allocating anything.
-
-    Exact: a copy of the model without weights decodes one latent frame on the meta device, after which the state no
-    longer grows.
-
-    Args:
-        vae: only its config is read; it may be anywhere, or offloaded.
-        batch_size: videos decoded together.
-        height, width: of the video, in pixels.
-        dtype: of the latents and of the model.
-
-    Raises:
-        ValueError: sizes are not positive multiples of the model's spatial factor, or the batch is empty.
-    """
-    check_sizes(vae, batch_size, height, width)
-    ratio = vae.config["scale_factor_spatial"]
-    with torch.device("meta"), torch.no_grad():
-        blank = nn.Module.to(
-            AutoencoderTinyWan.from_config(vae.config), dtype
-        )  # the model's own `to` warns about dtypes
-        stream = TinyVaeDecoder(blank)
-        stream.decode(torch.empty(batch_size, vae.config["z_dim"], 1, height // ratio, width // ratio, dtype=dtype))
-    return stream.state_bytes
 
 
 def _copied(memory: Memory, device: torch.device) -> Memory:

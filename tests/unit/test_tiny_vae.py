@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wan_autoregressive.models import AutoencoderTinyWan
 from wan_autoregressive.models.streaming_vae import denormalize_latents, normalize_latents
-from wan_autoregressive.models.tiny_vae import tiny_vae_decode_flops
+from wan_autoregressive.models.tiny_vae_costs import tiny_vae_decode_flops
 from wan_autoregressive.models.tiny_vae_layers import MemoryBlock, SuperMemoryBlock, TimeGrowth, TimePool
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -237,7 +237,7 @@ def test_a_light_tae_in_half_precision(tmp_path):
     assert vae.dtype == torch.float16
     assert (vae.config.latent_space, len(vae.config.latents_std)) == ("raw", 16)
     assert (
-        AutoencoderTinyWan.from_single_file(tmp_path / "lighttaew2_1.safetensors", torch_dtype=torch.float32).dtype
+        AutoencoderTinyWan.from_single_file(tmp_path / "lighttaew2_1.safetensors", dtype=torch.float32).dtype
         == torch.float32
     )
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from wan_autoregressive.models import AutoencoderTinyWan
+from wan_autoregressive.models.tiny_vae_costs import tiny_vae_state_bytes
 from wan_autoregressive.models.tiny_vae_layers import MemoryBlock, SuperMemoryBlock
-from wan_autoregressive.models.tiny_vae_stream import TinyVaeDecoder, TinyVaeEncoder, tiny_vae_state_bytes
+from wan_autoregressive.models.tiny_vae_stream import TinyVaeDecoder, TinyVaeEncoder
 
 NARROW = {"z_dim": 4, "encoder_width": 5, "decoder_widths": [7, 6, 5, 4], "blocks_per_stage": 2}
 KINDS = {
