@@ -3,6 +3,6 @@
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
 from wan_autoregressive.cache.kv_cache import WanKVCache
 from wan_autoregressive.cache.sink_update import MovingAverageSink, SinkUpdate
-from wan_autoregressive.cache.token_window import TokenWindow
+from wan_autoregressive.cache.token_window import PastView, TokenWindow
 
-__all__ = ["MovingAverageSink", "SinkUpdate", "TokenWindow", "WanKVBlockCache", "WanKVCache"]
+__all__ = ["MovingAverageSink", "PastView", "SinkUpdate", "TokenWindow", "WanKVBlockCache", "WanKVCache"]

@@ -1,6 +1,7 @@
 """The K/V of one transformer block, in buffers that never move."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -10,17 +11,27 @@ from wan_autoregressive.cache.int8_buffer import Int8Buffer
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.token_buffer import Layout, TokenBuffer
-from wan_autoregressive.cache.token_window import Span, TokenWindow, WriteMode, WritePlan
-from wan_autoregressive.choices import KVDtype
+from wan_autoregressive.cache.token_window import PastView, Span, TokenWindow, WindowState, WriteMode, WritePlan
+from wan_autoregressive.configs.choices import KVDtype
+
+
+@dataclass
+class OpenSlots:
+    """Numbers of slots that a planned write works on."""
+
+    chunk: torch.Tensor
+    """Of the tokens that are kept, `(kept_tokens,)`."""
+    past: torch.Tensor | None
+    """Of what attention sees of the past, `(past_tokens,)`, where that is not just what is held."""
 
 
 @dataclass
 class _OpenWindow:
-    """What a planned write works on: tensors only, so that a compiled block knows nothing of slots and lengths."""
+    """What a planned write works on: tensors only, so that a compiled block knows nothing of spans and lengths."""
 
     key: TokenBuffer
     value: TokenBuffer
-    slots: torch.Tensor
+    slots: OpenSlots
 
 
 class WanKVBlockCache:
@@ -52,6 +63,7 @@ class WanKVBlockCache:
         self._sink_update = sink_update
         self._initial_capacity = window_size if window_size != -1 else max_tokens
         self._plan: WritePlan | None = None
+        self._planned_tokens = 0
         self._open: _OpenWindow | None = None
         self._slots = FixedMemory() if slots is None else slots
         self._buffer_type: type[TokenBuffer] = Int8Buffer if kv_dtype == "int8" else TokenBuffer
@@ -60,20 +72,18 @@ class WanKVBlockCache:
         self._written_sink_key: TokenBuffer | None = None
         """The sink's keys as they were written, once they are moved."""
 
-    def plan(self, num_tokens: int, mode: WriteMode) -> None:
-        """Settle which slots the next `write` fills. Raises `ValueError` if the chunk does not fit."""
-        self._plan, self._open = self.window.plan(num_tokens, mode), None
+    def plan(self, num_tokens: int, mode: WriteMode, keep: int | None = None, view: PastView | None = None) -> None:
+        """Settle which slots the next `write` fills, see [`TokenWindow.plan`]. Raises `ValueError` if the chunk does
+        not fit."""
+        self._plan, self._open = self.window.plan(num_tokens, mode, keep, view), None
+        self._planned_tokens = num_tokens
 
-    def open(self, like: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
+    def open(self, like: torch.Tensor, slots: OpenSlots | None = None) -> OpenSlots:
         """Make room for the planned write, and let the sink take up what goes. `write` does so if nobody has.
 
         Args:
             like: Of any length, `(batch, tokens, heads, head_dim)`, for the layout of an empty cache.
-            slots (`torch.Tensor` of shape `(chunk_tokens,)`, *optional*): What `open` of a block with the same plan
-                returned.
-
-        Returns:
-            The slots of the chunk's tokens.
+            slots ([`OpenSlots`], *optional*): What `open` of a block with the same plan returned.
 
         Raises:
             RuntimeError: no plan was made.
@@ -92,8 +102,10 @@ class WanKVBlockCache:
         if self._sink_update is not None and plan.evicted:
             for buffer in (self._key, self._value):
                 self._sink_update.absorb(buffer.parts[0], self.window.sink_size, plan.evicted)
-        if slots is None or slots.device != self._key.layout[-1]:
-            slots = self._planned_slots(plan.spans, self._key.layout[-1])
+        device = self._key.layout[-1]
+        if slots is None or slots.chunk.device != device:
+            past = None if plan.past is None else self._numbers("past", plan.past, device)
+            slots = OpenSlots(self._numbers("chunk", plan.spans, device), past)
         self._open = _OpenWindow(self._key.window(length), self._value.window(length), slots)
         return slots
 
@@ -107,7 +119,8 @@ class WanKVBlockCache:
         Returns:
             Views of the buffers, `(batch, valid_tokens, heads, head_dim)`, newest chunk included. Tokens are in slot
             order, which after an eviction is not the order of time; attention does not mind. With int8 copies in the
-            dtype of the chunk, which is in them as it was given: drop them after attention.
+            dtype of the chunk, which is in them as it was given, and after a plan with `keep` or `view` copies of what
+            is seen of the past, oldest first, and of the chunk behind it: drop copies after attention.
 
         Raises:
             ValueError: a batch, head count, head size, dtype or device other than the one held. Nothing is written.
@@ -119,15 +132,23 @@ class WanKVBlockCache:
             self.open(key)
         window = self._open
         assert window is not None
-        _check_tokens(key, window.slots.shape[0])
+        chunk, past = window.slots.chunk, window.slots.past
+        if past is None:
+            _check_tokens(key, chunk.shape[0])
         if _layout(key) != window.key.layout:
             raise ValueError(
                 f"the cache holds (batch, heads, head_dim, dtype, device) {window.key.layout} but got "
                 f"{_layout(key)}. Call reset() between videos, and keep one cache per batch"
             )
-        window.key.put(window.slots, key)
-        window.value.put(window.slots, value)
-        return window.key.attended(window.slots, key), window.value.attended(window.slots, value)
+        attended = []
+        for buffer, tokens in ((window.key, key), (window.value, value)):
+            if past is None:
+                buffer.put(chunk, tokens)
+                attended.append(buffer.attended(chunk, tokens))
+            else:
+                buffer.put(chunk, tokens[:, : chunk.shape[0]])
+                attended.append(buffer.seen(past, tokens))
+        return attended[0], attended[1]
 
     def commit(self) -> None:
         """Make the planned state the state. Called once the whole forward has succeeded."""
@@ -135,7 +156,7 @@ class WanKVBlockCache:
         self._plan = self._open = None
 
     def keep_newest(self, num_tokens: int) -> None:
-        """Forget all but the sink and the newest `num_tokens` tokens."""
+        """Forget all but the sink and the newest `num_tokens` tokens, see [`TokenWindow.keep_newest`]."""
         source, target = self.window.keep_newest(num_tokens)
         for buffer in (self._key, self._value):
             if buffer is not None and source:
@@ -162,24 +183,51 @@ class WanKVBlockCache:
 
     @property
     def planned_places(self) -> tuple[Span, ...]:
-        """Places in time order of the tokens that the planned `write` returns, for runs of slots."""
-        return self.window.places(self._needed_plan().state_after)
-
-    @property
-    def planned_length(self) -> int:
-        """Tokens held once the planned `write` is done."""
-        return self.window.state.length if self._plan is None else self._plan.state_after.length
+        """Places in time order of the tokens that the planned `write` returns, for runs of them."""
+        plan = self._needed_plan()
+        if plan.past is None:
+            return self.window.places(plan.state_after)
+        return ((0, sum(stop - start for start, stop in plan.past) + self._planned_tokens),)
 
     @property
     def planned_tokens(self) -> int:
         """Tokens of the chunk that the planned `write` takes."""
-        return 0 if self._plan is None else sum(stop - start for start, stop in self._plan.spans)
+        return 0 if self._plan is None else self._planned_tokens
+
+    @property
+    def planned_kept(self) -> int:
+        """Tokens of the chunk that are held once the planned `write` is done."""
+        return 0 if self._plan is None else self._plan.kept
 
     def reset(self) -> None:
         """Forget all tokens; the buffers stay allocated for the next video if it has the same shape."""
         self.window.reset()
         self._plan = self._open = None
         self._written_sink_key = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, and views of what is kept, `(batch, valid_tokens, heads, …)`, in slot order: the order in
+        which attention adds up, so that what follows is the same to the bit."""
+        length, sink = self.window.state.length, self.window.sink_size
+        return {
+            "window": asdict(self.window.state),
+            "capacity": 0 if self._key is None else self._key.capacity,
+            "key": None if self._key is None else self._key.held(length),
+            "written_sink_key": None if self._written_sink_key is None else self._written_sink_key.held(sink),
+            "value": None if self._value is None else self._value.held(length),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over what `state_dict` of a block made with the same sizes and `kv_dtype` gave, copied to `device`."""
+
+        def buffer(parts: Any, capacity: int) -> TokenBuffer | None:
+            # As large as it was, so that the strides that attention sees are the same too.
+            return None if parts is None else self._buffer_type.from_held(parts, capacity, device)
+
+        self.window.state = WindowState(**state["window"])
+        self._plan = self._open = None
+        self._key, self._value = buffer(state["key"], state["capacity"]), buffer(state["value"], state["capacity"])
+        self._written_sink_key = buffer(state["written_sink_key"], self.window.sink_size)
 
     def release(self) -> None:
         """Forget all tokens and free the buffers."""
@@ -208,7 +256,7 @@ class WanKVBlockCache:
         return sum(b.nbytes // b.capacity for b in (self._key, self._value) if b is not None)
 
     def _chronological(self, buffer: TokenBuffer | None) -> torch.Tensor | None:
-        spans = self.window.chronological_spans()
+        spans = self.window.state.held
         if buffer is None or not spans:
             return None
         if len(spans) == 1:
@@ -219,15 +267,16 @@ class WanKVBlockCache:
     def _is_empty(self) -> bool:
         return self.window.state.length == 0
 
-    def _planned_slots(self, spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
-        num_tokens = self.planned_tokens
-        slots = self._slots.empty((num_tokens, device), (num_tokens,), torch.int64, device)
+    def _numbers(self, of: str, spans: tuple[Span, ...], device: torch.device) -> torch.Tensor:
+        """All slots of the spans, in memory that is the same for the same count of them."""
+        count = sum(stop - start for start, stop in spans)
+        numbers = self._slots.empty((of, count, device), (count,), torch.int64, device)
         filled = 0
         for start, stop in spans:
-            torch.arange(start, stop, out=slots[filled : filled + stop - start])
+            torch.arange(start, stop, out=numbers[filled : filled + stop - start])
             filled += stop - start
-        allow_any_length(slots, dim=0)
-        return slots
+        allow_any_length(numbers, dim=0)
+        return numbers
 
     def _needed_plan(self) -> WritePlan:
         if self._plan is None:

@@ -54,3 +54,8 @@ class Int8Buffer(TokenBuffer):
     def attended(self, slots: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
         """All slots with `newest` itself in `slots`: a copy, to be dropped after its attention."""
         return dequantize(*self.parts).index_copy_(1, slots, newest)
+
+    def seen(self, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """The slots `past` in the dtype of the tokens, and `own` as it was given behind them: a copy."""
+        values, scales = self.parts
+        return torch.cat([dequantize(values.index_select(1, past), scales.index_select(1, past)), own], dim=1)

@@ -1,16 +1,19 @@
 """The rolling KV cache of a causal Wan transformer: one object per video (two with guidance)."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
 from wan_autoregressive.cache.fixed_memory import FixedMemory
+from wan_autoregressive.cache.positions import POSITION_POLICIES, FramePositions, PlannedFrames, PositionPolicy
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
-from wan_autoregressive.cache.sliding_positions import SlidingPositions
-from wan_autoregressive.cache.token_window import WriteMode
-from wan_autoregressive.choices import KV_DTYPES, POSITION_MODES, KVDtype, PositionMode
+from wan_autoregressive.cache.token_window import PastView, WriteMode
+from wan_autoregressive.configs.choices import KV_DTYPES, KVDtype, PositionMode
 
 
 class WanKVCache:
@@ -82,8 +85,8 @@ class WanKVCache:
                 f"max_tokens is {max_tokens} with window_size {window_size}; it must be at least 1 and is only for "
                 "a cache without a window"
             )
-        if position_mode not in POSITION_MODES:
-            raise ValueError(f"position_mode is {position_mode!r}; allowed are {', '.join(POSITION_MODES)}")
+        if position_mode not in POSITION_POLICIES:
+            raise ValueError(f"position_mode is {position_mode!r}; allowed are {', '.join(POSITION_POLICIES)}")
         if sink_update is not None and not (position_mode == "relative" and sink_size):
             raise ValueError(
                 f"a sink_update needs a sink and position_mode 'relative'; got sink_size {sink_size} and "
@@ -105,9 +108,7 @@ class WanKVCache:
             for _ in range(num_blocks)
         ]
         self.position_mode = position_mode
-        self.sliding_positions = SlidingPositions()
-        self.jump_frames = 0
-        """With relative positions: how far the newest chunk is moved away from the past (a hard cut)."""
+        self.positions: PositionPolicy = POSITION_POLICIES[position_mode]()
         self.window_size = window_size
         self.sink_size = sink_size
         self.max_tokens = max_tokens
@@ -159,15 +160,24 @@ class WanKVCache:
 
     # All blocks of one forward: integers before and after, tensors in between.
 
-    def begin_forward(self, num_tokens: int, like: torch.Tensor | None = None) -> list[WanKVBlockCache]:
+    def begin_forward(
+        self,
+        num_tokens: int,
+        like: torch.Tensor | None = None,
+        keep: int | None = None,
+        view: PastView | None = None,
+    ) -> list[WanKVBlockCache]:
         """Plan the write of a chunk in every block; the blocks then call `write`. Forgets nothing that is held.
 
         Args:
             like (`torch.Tensor`, *optional*): Of any length, `(batch, tokens, heads, head_dim)`, as keys will be. With
                 it the blocks make room now, so that `write` does nothing but write.
+            keep (`int`, *optional*): Tokens of the chunk, from the first on, that are held afterwards; all by default.
+                With 0 the cache is left as it is.
+            view ([`PastView`], *optional*): What the chunk sees of the past; all that is held by default.
         """
         for block in self.block_caches:
-            block.plan(num_tokens, self._mode)
+            block.plan(num_tokens, self._mode, keep, view)
         slots = None
         if like is not None:
             for block in self.block_caches:
@@ -176,64 +186,70 @@ class WanKVCache:
 
     def end_forward(self) -> None:
         """Commit what `begin_forward` planned, once every block has written."""
+        if self.block_caches[0].planned_kept:
+            self.positions.commit(self._begins_chunk)
         for block in self.block_caches:
             block.commit()
 
-    def planned_frame_positions(self, tokens_per_frame: int) -> list[tuple[int, int]]:
-        """After `begin_forward`: relative temporal positions `[start, stop)` of the frames to attend over.
-
-        One run for each run of slots, in slot order: a frame's position is its place in the window, the newest chunk's
-        being the highest; `jump_frames` more for that chunk.
-
-        Raises:
-            ValueError: window, sink or a chunk that is not a whole number of frames.
-        """
-        block, jump = self.block_caches[0], self.jump_frames * tokens_per_frame
-        places = block.planned_places
-        if any(place % tokens_per_frame for span in places for place in span):
-            raise ValueError(
-                f"relative positions need whole frames of {tokens_per_frame} tokens in the window, the sink and every "
-                f"chunk; got window_size {self.window_size}, sink_size {self.sink_size} and places {places}"
-            )
-        newest = max(stop for _, stop in places) - block.planned_tokens
-        positions = []
-        for start, stop in places:
-            positions.append((start, min(stop, newest)))
-            positions.append((max(start, newest) + jump, stop + jump))
-        return [(start // tokens_per_frame, stop // tokens_per_frame) for start, stop in positions if start < stop]
-
-    def slide(
+    def plan_positions(
         self,
         start_frame: int,
         num_frames: int,
         tokens_per_frame: int,
         max_positions: int,
-        rotation: Callable[[int], RotaryEmbedding],
-    ) -> int:
-        """After `begin_forward`, for `sink_relative`: bring positions up to date; returns that of the first frame.
+        rotation: Callable[[float], RotaryEmbedding],
+    ) -> FramePositions:
+        """After `begin_forward`: rotary positions of the chunk, having moved the keys that have to move for them.
 
         Args:
             start_frame, num_frames (`int`): The chunk, in frames of the video.
             max_positions (`int`): Rows of the rotary table.
             rotation (`Callable`): cos and sin of a rotation by some frames, negative ones too.
+
+        Raises:
+            ValueError: relative positions with a window, sink or chunk that is not a whole number of frames.
         """
-        held_frames = self.block_caches[0].planned_length // tokens_per_frame
-        if self._mode == "rewrite_all":
-            self.sliding_positions.forget_sink()
-        moves = self.sliding_positions.advance(start_frame, num_frames, held_frames, max_positions)
-        window_rotation = rotation(moves.window_shift) if moves.window_shift else None
-        sink_rotation = rotation(moves.sink_shift) if moves.sink_shift is not None and self.sink_size else None
+        replaces_sink = self._mode == "rewrite_all"
+        places = self.block_caches[0].planned_places
+        planned = PlannedFrames(
+            *(start_frame, num_frames, places, tokens_per_frame, self._begins_chunk, replaces_sink, max_positions)
+        )
+        positions = self.positions.plan(planned)
+        window_rotation = rotation(positions.window_shift) if positions.window_shift else None
+        moves_sink = positions.sink_shift is not None and self.sink_size
+        sink_rotation = rotation(positions.sink_shift or 0) if moves_sink else None
         for block in self.block_caches:
-            if self._mode == "rewrite_all":
+            if replaces_sink:
                 block.forget_sink()
             if window_rotation is not None:
                 block.move_window(window_rotation)
             if sink_rotation is not None:
                 block.move_sink(sink_rotation)
-        return moves.query_start
+        return positions
+
+    def pin_newest(self, name: str, num_tokens: int) -> None:
+        """Protect the first `num_tokens` of the newest chunk from eviction as the sink is (LongLive 2.0's shot sink),
+        in the place of what was pinned under `name`. They go when everything but the sink goes.
+
+        Raises:
+            ValueError: the newest chunk has fewer tokens, or a position mode that would move the sink up and leave
+                them behind.
+        """
+        if self.position_mode == "sink_relative":
+            raise ValueError("position_mode 'sink_relative' moves only the sink; pin under 'absolute' or 'relative'")
+        for block in self.block_caches:
+            block.window.pin(name, num_tokens)
+
+    def unpin(self, name: str) -> None:
+        """Let what was pinned under `name` be evicted like any other token. Raises `KeyError` for an unknown name."""
+        for block in self.block_caches:
+            block.window.unpin(name)
 
     def keep_newest(self, num_tokens: int) -> None:
-        """Forget all but the sink and the newest `num_tokens` tokens (Infinity-RoPE's flush at a prompt switch)."""
+        """Forget all but the sink and the newest `num_tokens` tokens (Infinity-RoPE's flush at a prompt switch).
+
+        If the whole newest chunk is among them, it can still be overwritten.
+        """
         if num_tokens < 0:
             raise ValueError(f"num_tokens is {num_tokens}; it must be 0 or more")
         for block in self.block_caches:
@@ -252,10 +268,38 @@ class WanKVCache:
         self.slots.clear()
         self._start_anew()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state between two forwards: plain values, and views of the blocks' tensors."""
+        return {
+            "positions": asdict(self.positions),  # type: ignore[call-overload]
+            "mode": self._mode,
+            "blocks": [block.state_dict() for block in self.block_caches],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over the state of a cache made with the same sizes, positions and `kv_dtype`, copied to `device`.
+
+        Raises:
+            ValueError: the state is of a cache with another number of blocks.
+        """
+        if len(state["blocks"]) != self.num_blocks:
+            raise ValueError(f"the saved cache has {len(state['blocks'])} blocks, this model has {self.num_blocks}")
+        for block, saved in zip(self.block_caches, state["blocks"], strict=True):
+            block.load_state_dict(saved, device)
+        self.positions = POSITION_POLICIES[self.position_mode](**state["positions"])
+        self._mode = state["mode"]
+
+    def fork(self) -> "WanKVCache":
+        """A copy with memory of its own."""
+        return copy.deepcopy(self)
+
+    @property
+    def _begins_chunk(self) -> bool:
+        return self._mode != "overwrite"
+
     def _start_anew(self) -> None:
         self._mode = "append"
-        self.jump_frames = 0
-        self.sliding_positions = SlidingPositions()
+        self.positions = POSITION_POLICIES[self.position_mode]()
 
     @property
     def num_blocks(self) -> int:
@@ -265,6 +309,11 @@ class WanKVCache:
     def num_tokens(self) -> int:
         """Tokens held per block."""
         return self.block_caches[0].window.state.length
+
+    @property
+    def newest_tokens(self) -> int:
+        """Tokens of the newest chunk, which an overwrite replaces; 0 if there is none."""
+        return self.block_caches[0].window.state.newest_size
 
     @property
     def allocated_bytes(self) -> int:

@@ -14,7 +14,7 @@ Layout = tuple[int, int, int, torch.dtype, torch.device]
 class TokenBuffer:
     """Keys or values of one block as they are.
 
-    A subclass that keeps them in another form gives `encode`, `read`, `attended` and `slot_bytes` of its own.
+    A subclass that keeps them in another form gives `encode`, `read`, `attended`, `seen` and `slot_bytes` of its own.
 
     Args:
         parts: What is kept, tensors `(batch, capacity, heads, …)`. The first ends in `head_dim`, the last is in the
@@ -58,6 +58,10 @@ class TokenBuffer:
         """What attention sees when `newest` has just been put into `slots`: the buffer itself."""
         return self.parts[0]
 
+    def seen(self, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """What is kept in the slots `past` `(past_tokens,)`, and `own` as it was given behind it: a copy."""
+        return torch.cat([self.parts[0].index_select(1, past), own], dim=1)
+
     def write(self, span: Span, tokens: torch.Tensor) -> None:
         """Put tokens `(batch, tokens, heads, head_dim)` into consecutive slots."""
         for part, encoded in zip(self.parts, self.encode(tokens), strict=True):
@@ -75,6 +79,20 @@ class TokenBuffer:
     def copy(self, stop: int) -> Self:
         """Slots `[0, stop)` in memory of their own."""
         return type(self)(tuple(part[:, :stop].clone() for part in self.parts))
+
+    def held(self, length: int) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        """Views of what is kept in the first slots; a tensor by itself where that is all."""
+        if length == 0:
+            return None
+        parts = tuple(part[:, :length] for part in self.parts)
+        return parts[0] if len(parts) == 1 else parts
+
+    @classmethod
+    def from_held(cls, parts: torch.Tensor | tuple[torch.Tensor, ...], capacity: int, device: torch.device) -> Self:
+        """A buffer of `capacity` slots that starts with what `held` gave."""
+        buffer = cls(tuple(part.to(device) for part in (parts if isinstance(parts, tuple) else (parts,))))
+        buffer.grow(capacity)
+        return buffer
 
     @property
     def capacity(self) -> int:

@@ -1,6 +1,6 @@
 """Which buffer slots hold which tokens: the integer bookkeeping of a rolling KV cache, without tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 WriteMode = Literal["append", "overwrite", "rewrite", "rewrite_all"]
@@ -11,16 +11,34 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class WindowState:
-    """Where the tokens of one block are. Valid tokens always fill slots `[0, length)`."""
+    """Where the tokens of one block are."""
 
-    length: int = 0
-    """Valid tokens."""
-    head: int = 0
-    """Slot after the newest token, where the next append starts."""
-    newest_start: int = 0
-    """Slot of the newest chunk's first token."""
+    held: tuple[Span, ...] = ()
+    """Their slots, from the oldest token to the newest, the sink first. Together they fill slots `[0, length)`."""
     newest_size: int = 0
     """Tokens of the newest chunk."""
+    pins: dict[str, tuple[Span, ...]] = field(default_factory=dict)
+    """Slots of the tokens that stay beside the sink, by the name under which they were pinned."""
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return _count(self.held)
+
+    @property
+    def newest(self) -> tuple[Span, ...]:
+        """Slots of the newest chunk, in token order."""
+        return _last_tokens(self.held, self.newest_size)
+
+
+@dataclass(frozen=True)
+class PastView:
+    """Which of the past a forward sees, in tokens."""
+
+    newest: int | None = None
+    """The ones right before its own; `None` is all."""
+    sink: bool = True
+    """Whether the sink is seen where `newest` does not reach it."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +49,22 @@ class WritePlan:
     state_after: WindowState
     evicted: tuple[Span, ...] = ()
     """Slots of the tokens that go, oldest first. They are overwritten by the update or already lie outside."""
+    past: tuple[Span, ...] | None = None
+    """Slots that attention sees of the past, oldest first, the update's own tokens coming behind; `None` if it sees
+    just what is held once the update is done, in slot order."""
+
+    @property
+    def kept(self) -> int:
+        """Tokens that are written."""
+        return _count(self.spans)
 
 
 class TokenWindow:
-    """A ring over `[sink_size, window_size)` behind a sink that is never evicted.
+    """Slots `[0, window_size)`: the sink in the first ones, and in the others pinned tokens and a ring of the rest.
 
-    A new chunk overwrites the oldest non-sink tokens in place, so nothing that is kept ever moves. That is equivalent
-    to dropping them and shifting the rest, because attention does not depend on the order of the keys. Planning
-    changes nothing; `commit` does, so an update that failed can be tried again.
+    A new chunk overwrites the oldest tokens that are neither sink nor pinned in place, so nothing that is kept ever
+    moves. That is equivalent to dropping them and shifting the rest, because attention does not depend on the order of
+    the keys. Planning changes nothing; `commit` does, so an update that failed can be tried again.
 
     Args:
         window_size (`int`): Tokens held at most, sink and newest chunk included; -1 keeps everything.
@@ -61,20 +87,39 @@ class TokenWindow:
         self.sink_size = sink_size
         self.state = WindowState()
 
-    def plan(self, num_tokens: int, mode: WriteMode) -> WritePlan:
+    def plan(
+        self, num_tokens: int, mode: WriteMode, keep: int | None = None, view: PastView | None = None
+    ) -> WritePlan:
         """The slots that `num_tokens` new tokens go to.
 
         `append` adds a chunk and evicts first; `overwrite` replaces the newest chunk; `rewrite` replaces everything
         but the sink, `rewrite_all` the sink as well (both for a pass over many frames at once, as after a prompt
         switch).
+
+        Args:
+            keep: How many of them, from the first on, are held afterwards; `None` is all. With 0 nothing is evicted
+                and the newest chunk stays, though an `overwrite` does not see it.
+            view: What they see of the past; `None` is all that is held.
         """
         if num_tokens < 1:
             raise ValueError(f"a chunk has {num_tokens} tokens; it needs at least 1")
-        if mode == "append":
-            return self._plan_append(num_tokens)
-        if mode == "overwrite":
-            return self._plan_overwrite(num_tokens)
-        return self._plan_rewrite(num_tokens, keep_sink=mode == "rewrite")
+        if keep is not None and not 0 <= keep <= num_tokens:
+            raise ValueError(f"keep is {keep}; of a chunk of {num_tokens} tokens 0 to {num_tokens} can be kept")
+        if mode in ("rewrite", "rewrite_all"):
+            if view is not None or keep not in (None, num_tokens):
+                raise ValueError("a rewrite keeps all its tokens and sees what it leaves; leave out keep and view")
+            return self._plan_rewrite(num_tokens, keep_sink=mode == "rewrite")
+        kept = num_tokens if keep is None else keep
+        if kept == 0:
+            plan = WritePlan((), self.state)
+        else:
+            plan = self._plan_append(kept) if mode == "append" else self._plan_overwrite(kept)
+        if kept == num_tokens and view is None:
+            return plan
+        # Written by this update, or hidden from it as it stands for the same frames.
+        own = kept or (self.state.newest_size if mode == "overwrite" else 0)
+        past = _first_tokens(plan.state_after.held, plan.state_after.length - own)
+        return replace(plan, past=self._seen(past, view or PastView()))
 
     def commit(self, plan: WritePlan) -> None:
         self.state = plan.state_after
@@ -82,60 +127,77 @@ class TokenWindow:
     def reset(self) -> None:
         self.state = WindowState()
 
+    def pin(self, name: str, num_tokens: int) -> None:
+        """Let the first `num_tokens` of the newest chunk stay, in the place of what was pinned under `name`.
+
+        They go when everything but the sink goes: with a rewrite or `keep_newest`. Raises `ValueError` if the newest
+        chunk has fewer tokens.
+        """
+        if not 0 <= num_tokens <= self.state.newest_size:
+            raise ValueError(f"cannot pin {num_tokens} tokens of a newest chunk that has {self.state.newest_size}")
+        spans = _without(_first_tokens(self.state.newest, num_tokens), self._sink)
+        self.state = replace(self.state, pins={**self.state.pins, name: spans})
+
+    def unpin(self, name: str) -> None:
+        """Let what was pinned under `name` go like any other token. Raises `KeyError` for a name that is not there."""
+        pins = dict(self.state.pins)
+        del pins[name]
+        self.state = replace(self.state, pins=pins)
+
     def keep_newest(self, num_tokens: int) -> tuple[tuple[Span, ...], Span]:
         """Forget all but the sink and the newest `num_tokens` tokens, which move up behind the sink.
+
+        If the whole newest chunk is among them, it can still be overwritten.
 
         Returns:
             The slots they come from, oldest first, and the slots they belong in now.
         """
-        start = min(self.sink_size, self.state.length)
-        kept = min(num_tokens, self.state.length - start)
-        source, missing = [], kept
-        for span_start, span_stop in reversed(self.chronological_spans()):
-            taken = min(missing, span_stop - span_start)
-            if taken:
-                source.append((span_stop - taken, span_stop))
-            missing -= taken
-        self.state = WindowState(start + kept, start + kept)  # no newest chunk: there is nothing to overwrite
-        return tuple(reversed(source)), (start, start + kept)
+        length, newest_size = self.state.length, self.state.newest_size
+        start = min(self.sink_size, length)
+        kept = min(num_tokens, length - start)
+        source = _last_tokens(self.state.held, kept)
+        is_whole = newest_size <= kept or start + kept == length
+        self.state = WindowState(_joined(((0, start + kept),)), newest_size if is_whole else 0)
+        return source, (start, start + kept)
 
     def places(self, state: WindowState | None = None) -> tuple[Span, ...]:
         """For consecutive runs of slots, from slot 0 on: which places in time order `[start, stop)` they hold."""
         runs, place = [], 0
-        for start, stop in self.chronological_spans(state):
+        for start, stop in (state or self.state).held:
             runs.append((start, (place, place + stop - start)))
             place += stop - start
         return tuple(places for _, places in sorted(runs))
 
-    def chronological_spans(self, state: WindowState | None = None) -> tuple[Span, ...]:
-        """The valid slots from the oldest token to the newest, sink first; of the present state or another one."""
-        state = state or self.state
-        length, head = state.length, state.head
-        if length == 0:
-            return ()
-        if length < self.window_size or self.window_size == -1 or head in (self.sink_size, self.window_size):
-            return ((0, length),)
-        spans = ((0, self.sink_size), (head, self.window_size), (self.sink_size, head))
-        return tuple(span for span in spans if span[0] < span[1])
+    @property
+    def _sink(self) -> tuple[Span, ...]:
+        return ((0, self.sink_size),)
+
+    def _seen(self, past: tuple[Span, ...], view: PastView) -> tuple[Span, ...]:
+        total = _count(past)
+        newest = total if view.newest is None else min(view.newest, total)
+        hidden_sink = min(self.sink_size, total - newest) if view.sink else 0
+        return _first_tokens(past, hidden_sink) + _last_tokens(past, newest)
 
     def _plan_append(self, num_tokens: int) -> WritePlan:
+        state, length = self.state, self.state.length
         if self.window_size == -1:
-            start = self.state.head
-            stop = start + num_tokens
-            return WritePlan(((start, stop),), WindowState(stop, stop, start, num_tokens))
-        if self.sink_size + num_tokens > self.window_size:
+            spans: tuple[Span, ...] = ((length, length + num_tokens),)
+            return WritePlan(spans, replace(state, held=_joined(state.held + spans), newest_size=num_tokens))
+        pinned = tuple(span for spans in state.pins.values() for span in spans)
+        unpinned = _without(state.held, pinned)
+        protected = self.sink_size + length - _count(unpinned)
+        if protected + num_tokens > self.window_size:
+            pins = f", {protected - self.sink_size} pinned ones" if pinned else ""
             raise ValueError(
-                f"a chunk of {num_tokens} tokens and a sink of {self.sink_size} do not fit in a window of "
-                f"{self.window_size}: the chunk would evict itself. Use a window of at least "
-                f"{self.sink_size + num_tokens} tokens"
+                f"a chunk of {num_tokens} tokens{pins} and a sink of {self.sink_size} do not fit in a window of "
+                f"{self.window_size}: the chunk would evict itself. Use a window of at least {protected + num_tokens} "
+                "tokens"
             )
-        start = self.sink_size if self.state.head == self.window_size else self.state.head
-        spans = self._ring_spans(start, num_tokens)
-        length = min(self.state.length + num_tokens, self.window_size)
-        evicted = self.state.length + num_tokens - length
-        oldest = start if self.state.length == self.window_size else self.sink_size
-        evicted_spans = self._ring_spans(oldest, evicted) if evicted else ()
-        return WritePlan(spans, WindowState(length, spans[-1][1], start, num_tokens), evicted_spans)
+        added = min(num_tokens, self.window_size - length)
+        evicted = _first_tokens(_without(unpinned, self._sink), num_tokens - added)
+        spans = _joined(((length, length + added), *evicted))
+        held = _joined((*_without(state.held, evicted), *spans))
+        return WritePlan(spans, replace(state, held=held, newest_size=num_tokens), evicted)
 
     def _plan_overwrite(self, num_tokens: int) -> WritePlan:
         if self.state.newest_size == 0:
@@ -145,7 +207,7 @@ class TokenWindow:
                 f"overwrite with {num_tokens} tokens, but the newest chunk has {self.state.newest_size}: an overwrite "
                 "replaces exactly the newest chunk. Use append mode for a new one"
             )
-        return WritePlan(self._ring_spans(self.state.newest_start, num_tokens), self.state)
+        return WritePlan(self.state.newest, self.state)
 
     def _plan_rewrite(self, num_tokens: int, keep_sink: bool) -> WritePlan:
         start = min(self.sink_size, self.state.length) if keep_sink else 0
@@ -155,10 +217,48 @@ class TokenWindow:
                 f"a rewrite of {num_tokens} tokens behind {start} kept ones does not fit in a window of "
                 f"{self.window_size}"
             )
-        return WritePlan(((start, stop),), WindowState(stop, stop, start, num_tokens))
+        return WritePlan(((start, stop),), WindowState(((0, stop),), num_tokens))
 
-    def _ring_spans(self, start: int, num_tokens: int) -> tuple[Span, ...]:
-        stop = start + num_tokens
-        if self.window_size == -1 or stop <= self.window_size:
-            return ((start, stop),)
-        return ((start, self.window_size), (self.sink_size, self.sink_size + stop - self.window_size))
+
+def _count(spans: tuple[Span, ...]) -> int:
+    """Tokens in all spans."""
+    return sum(stop - start for start, stop in spans)
+
+
+def _joined(spans: tuple[Span, ...]) -> tuple[Span, ...]:
+    """The same slots in the same order, in as few spans as possible."""
+    joined: list[Span] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = joined[-1][0], stop
+        elif start < stop:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def _without(spans: tuple[Span, ...], removed: tuple[Span, ...]) -> tuple[Span, ...]:
+    """The slots that are in no removed span, in the same order."""
+    for first, end in removed:
+        parts = [part for start, stop in spans for part in ((start, min(stop, first)), (max(start, end), stop))]
+        spans = tuple(part for part in parts if part[0] < part[1])
+    return spans
+
+
+def _first_tokens(spans: tuple[Span, ...], count: int) -> tuple[Span, ...]:
+    """The first `count` tokens of consecutive spans."""
+    taken = []
+    for start, stop in spans:
+        if count > 0:
+            taken.append((start, min(stop, start + count)))
+        count -= stop - start
+    return tuple(taken)
+
+
+def _last_tokens(spans: tuple[Span, ...], count: int) -> tuple[Span, ...]:
+    """The last `count` tokens of consecutive spans."""
+    taken = []
+    for start, stop in reversed(spans):
+        if count > 0:
+            taken.append((max(start, stop - count), stop))
+        count -= stop - start
+    return tuple(reversed(taken))

@@ -1,47 +1,45 @@
 """Everything that one `wan-ar generate` run depends on, checked before a model is loaded.
 
-The fields of `GenerateConfig` are at the same time the keys of a yaml file and the flags of the command.
+The names in `SETTING_NAMES` are at the same time the keys of a yaml file and the flags of the command: the fields of
+`GenerateConfig`, and in the place of its `rollout` those of `RolloutConfig`, whatever that has.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from wan_autoregressive.choices import (
-    KVDtype,
-    PositionMode,
-    RecacheSink,
-    SinkUpdateMode,
-    SwitchPolicy,
-    check_sink_update,
-    check_window,
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
 )
+
+from wan_autoregressive.configs.choices import OutputType
 from wan_autoregressive.configs.messages import error_line
 from wan_autoregressive.configs.prompt_times import latent_frame_at, read_changes
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.demo import DEMO
 
 SIZE_MULTIPLE = 16  # pixels: 8 per latent of the Wan 2.1 VAE, times a patch of 2
 TABLE_STEPS = 1000  # training timesteps of every Wan model
+MOST_FRAMES = 10_000_000  # pixel frames, a week at 16 per second; chunks are counted one by one before a run
+FRAME_TYPE: OutputType = "uint8"
+"""The form in which the command asks for frames."""
 
-
-def _parse_steps(value: Any) -> Any:
-    """Turn `4` into 1000, 750, 500, 250 and `1000,757,522` into a list; leave the rest to pydantic."""
-    if isinstance(value, str):
-        parts = [part.strip() for part in value.split(",")]
-        if len(parts) == 1 and parts[0].isdecimal():
-            value = int(parts[0])
-        else:
-            return [part for part in parts if part]
-    if isinstance(value, int) and not isinstance(value, bool):
-        if not 1 <= value <= TABLE_STEPS:
-            raise ValueError(f"a count of steps must be between 1 and {TABLE_STEPS}, got {value}")
-        return [round(TABLE_STEPS * (value - index) / value) for index in range(value)]
-    return value
+# What the command sets where a rollout leaves it open or does not end.
+_ROLLOUT_DEFAULTS = {"height": 480, "width": 832, "num_frames": 81, "output_type": FRAME_TYPE}
+_ROLLOUT_NAMES = tuple(field.name for field in fields(RolloutConfig))
 
 
 def _parse_path(value: Any) -> Any:
@@ -67,112 +65,96 @@ def _parse_device(value: Any) -> Any:
     return value
 
 
-_ROLLOUT_FIELDS = (
-    *("height", "width", "num_frames", "chunk_frames", "first_chunk_frames", "first_chunk_steps", "window_frames"),
-    *("sink_frames", "sink_update", "sink_decay", "kv_dtype", "position_mode", "context_noise", "clean_pass"),
-    *("guidance_scale", "switch_policy", "recache_sink", "max_sequence_length", "park_vae_state"),
-)
-
-Steps = Annotated[tuple[Annotated[float, Field(gt=0, le=TABLE_STEPS)], ...], BeforeValidator(_parse_steps)]
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 
 
 class GenerateConfig(BaseModel):
-    """One run of `wan-ar generate`. Frames are pixel frames in `num_frames`, latent frames in `*_frames` otherwise.
+    """One run of `wan-ar generate`.
 
-    Build it with `resolve_config`, which turns every problem into a one-line ValueError.
+    Build it with `resolve_config`, which takes the settings of the rollout beside the others and turns every problem
+    into a one-line ValueError.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: FilePath = Field(
-        Path(DEMO), description="folder of the checkpoint (diffusers layout), or 'demo', which comes with the package"
-    )
-    prompt: Annotated[str | None, BeforeValidator(_parse_text)] = Field(
-        None,
-        description="what the video shows; repeat as '0: a fox', '5s: it snows' to change it (30: latent frame)",
-    )
-    prompts: FilePath | None = Field(
-        None, description="text file with a prompt per line, each rendered to its own mp4"
-    )
-    prompt_changes: Annotated[dict[str, str] | None, BeforeValidator(read_changes)] = Field(
-        None, description="later prompts by time (5s, or a latent frame), a yaml or JSON file; see also prompt"
-    )
-    switch_policy: SwitchPolicy = Field("recache", description="what happens to the past when the prompt changes")
-    recache_sink: RecacheSink = Field(
-        "keep", description="whether a re-cache keeps the sink or makes the window's oldest frames the new one"
-    )
-    negative_prompt: str | None = Field(None, description="what to avoid; matters when guidance-scale is above 1")
-    output: FilePath = Field(description="the mp4 to write; with --prompts the folder to write them to")
-    image: FilePath | None = Field(None, description="image that becomes the first frame")
-    video: FilePath | None = Field(None, description="clip whose frames come first and are continued")
+    model: FilePath = Path(DEMO)
+    """Folder of the checkpoint (diffusers layout), or `demo`, which comes with the package."""
+    prompt: Annotated[str | None, BeforeValidator(_parse_text)] = None
+    """What the video shows; repeat as '0: a fox', '5s: it snows' to change it (30: latent frame)."""
+    prompts: FilePath | None = None
+    """Text file with a prompt per line, each rendered to its own mp4."""
+    prompt_changes: Annotated[dict[str, str] | None, BeforeValidator(read_changes)] = None
+    """Later prompts by time (5s, or a latent frame), a yaml or JSON file; see also prompt."""
+    negative_prompt: str | None = None
+    """What to avoid; matters when guidance-scale is above 1."""
+    output: FilePath | None = None
+    """The mp4 to write; with prompts the folder to write them to."""
+    image: FilePath | None = None
+    """Image that becomes the first frame."""
+    video: FilePath | None = None
+    """Clip whose frames come first and are continued; with strength the source, made anew as far as num-frames."""
 
-    height: int = Field(480, ge=SIZE_MULTIPLE, le=16384, description="height in pixels")
-    width: int = Field(832, ge=SIZE_MULTIPLE, le=16384, description="width in pixels")
-    num_frames: int = Field(81, ge=1, le=10_000_000, description="length in pixel frames, given ones included")
-    fps: float = Field(16.0, gt=0, le=1000, description="frames per second of the mp4")
-    scale: int = Field(1, ge=1, le=64, description="repeat every pixel so many times in the mp4, to see small videos")
-    contact_sheet: bool = Field(False, description="also write a PNG with frames from start to end beside the mp4")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="drawn and noted in the report when not given")
+    fps: Annotated[float, Field(gt=0, le=1000)] = 16.0
+    """Frames per second of the mp4."""
+    scale: Annotated[int, Field(ge=1, le=64)] = 1
+    """Repeat every pixel so many times in the mp4, to see small videos."""
+    contact_sheet: bool = False
+    """Also write a PNG with frames from start to end beside the mp4."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Drawn and noted in the report when not given."""
 
-    denoising_steps: Steps | None = Field(
-        None, description="a count, or descending timesteps such as 1000,750,500,250; the model's own when not given"
-    )
-    first_chunk_steps: Steps | None = Field(
-        None, description="steps of the first chunk; as the other chunks' when not given"
-    )
-    shift: float | None = Field(None, gt=0, description="timestep shift; the model's own when not given")
-    warp: bool | None = Field(
-        None, description="look the steps up in the shifted table; the model's own when not given"
-    )
-    guidance_scale: float = Field(
-        1.0, ge=0, description="classifier-free guidance; 1 is off, above 1 doubles the work"
-    )
-    chunk_frames: int = Field(3, ge=1, le=1024, description="latent frames denoised together")
-    first_chunk_frames: int | None = Field(
-        None, ge=1, le=1024, description="latent frames of the first chunk; as chunk-frames when not given"
-    )
-    window_frames: int | None = Field(
-        None, ge=1, description="latent frames attended to, sink and chunk included; everything when not given"
-    )
-    sink_frames: int = Field(0, ge=0, description="first latent frames that never leave the window")
-    sink_update: SinkUpdateMode = Field("static", description="whether frames that leave the window change the sink")
-    sink_decay: float = Field(0.999, ge=0, le=1, description="share of itself that a moving-average sink keeps")
-    kv_dtype: KVDtype | None = Field(
-        None, description="int8 keeps the past in about half of bfloat16's memory; the model's own when not given"
-    )
-    position_mode: PositionMode = Field(
-        "absolute", description="count frames from the start (ends at 1024 latent frames) or by place in the window"
-    )
-    context_noise: float = Field(0.0, ge=0, le=TABLE_STEPS, description="timestep at which finished chunks are cached")
-    clean_pass: bool = Field(
-        True, description="cache finished chunks by a pass of their own; without it as their last step left them"
-    )
-    max_sequence_length: int = Field(512, ge=1, le=65536, description="longest prompt in tokens")
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """Timestep shift; the model's own when not given."""
+    warp: bool | None = None
+    """Look the steps up in the shifted table; the model's own when not given."""
 
-    device: Annotated[str, BeforeValidator(_parse_device)] = Field(
-        "auto", description="auto, cpu, cuda, cuda:1, mps or xpu; auto takes a GPU if there is one"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto is bfloat16 on a GPU and float32 on a CPU"
-    )
-    vae_tiling: bool = Field(False, description="decode in tiles: less memory, slower")
-    park_vae_state: bool = Field(
-        False, description="keep the VAE decoder's state in CPU memory between chunks: less GPU memory, slower"
-    )
+    device: Annotated[str, BeforeValidator(_parse_device)] = "auto"
+    """auto, cpu, cuda, cuda:1, mps or xpu; auto takes a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto is bfloat16 on a GPU and float32 on a CPU."""
+    vae_tiling: bool = False
+    """Decode in tiles: less memory, slower."""
+
+    rollout: RolloutConfig
+    """Settings of the video itself."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_rollout(cls, values: Any) -> Any:
+        """Move the rollout's settings to where they belong."""
+        if not isinstance(values, Mapping) or "rollout" in values:
+            return values
+        rollout = _ROLLOUT_DEFAULTS | {name: value for name, value in values.items() if name in _ROLLOUT_NAMES}
+        for name in ("denoising_steps", "first_chunk_steps"):
+            rollout[name] = _parse_steps(name, rollout.get(name))
+        return {name: value for name, value in values.items() if name not in _ROLLOUT_NAMES} | {"rollout": rollout}
+
+    @model_serializer(mode="wrap")
+    def _as_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As in a yaml file: one level."""
+        values: dict[str, Any] = dump(self)
+        rollout = values.pop("rollout")
+        return values | rollout
 
     @model_validator(mode="after")
     def _check_together(self) -> GenerateConfig:
-        self._check_inputs()
+        if self.prompt is not None and self.prompts is not None:
+            raise ValueError("give one of prompt and prompts (a file with one per line), got both")
+        if self.image is not None and self.video is not None:
+            raise ValueError("a video starts from an image or from a clip, got both image and video; leave one out")
+        if self.rollout.strength is not None and self.video is None:
+            raise ValueError("strength makes a video anew from another; give that as video")
+        if self.output is not None and self.prompts is None and self.output.suffix.lower() != ".mp4":
+            raise ValueError(f"output must be a file name that ends in .mp4, got '{self.output}'")
         self.prompt_schedule()
-        self._check_sizes()
-        check_window(self.window_frames, self.sink_frames, max(self.chunk_frames, self.first_chunk_frames or 0))
-        check_sink_update(self.sink_update, self.sink_frames, self.position_mode, self.kv_dtype)
+        _check_numbers(self.rollout)
+        for name in ("height", "width"):
+            if getattr(self.rollout, name) * self.scale > 16384:
+                raise ValueError(
+                    f"{name} {getattr(self.rollout, name)} times scale {self.scale} is more than the 16384 pixels "
+                    "H.264 allows"
+                )
         return self
-
-    def rollout_settings(self) -> dict[str, Any]:
-        """What decides how a video is made and what it takes, under the pipeline's names."""
-        return {name: getattr(self, name) for name in _ROLLOUT_FIELDS}
 
     def prompt_schedule(self) -> dict[int, str]:
         """Later prompts by latent frame. Raises `ValueError` for a time that cannot be read or is not later."""
@@ -184,34 +166,69 @@ class GenerateConfig(BaseModel):
             schedule[frame] = prompt
         return schedule
 
-    def _check_inputs(self) -> None:
-        if (self.prompt is None) == (self.prompts is None):
-            state = "both" if self.prompt is not None else "neither"
-            raise ValueError(f"give one of prompt and prompts (a file with one per line), got {state}")
-        if self.image is not None and self.video is not None:
-            raise ValueError("a video starts from an image or from a clip, got both image and video; leave one out")
-        if self.prompt is not None and self.output.suffix.lower() != ".mp4":
-            raise ValueError(f"output must be a file name that ends in .mp4, got '{self.output}'")
+    def rollout_settings(self) -> dict[str, Any]:
+        """The settings of the rollout as keywords of the pipeline."""
+        return {name: getattr(self.rollout, name) for name in _ROLLOUT_NAMES}
 
-    def _check_sizes(self) -> None:
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            if value % SIZE_MULTIPLE:
-                below = value - value % SIZE_MULTIPLE
-                raise ValueError(
-                    f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {value}; "
-                    f"the nearest are {below} and {below + SIZE_MULTIPLE}"
-                )
-            if value * self.scale > 16384:
-                raise ValueError(f"{name} {value} times scale {self.scale} is more than the 16384 pixels H.264 allows")
-        for name in ("denoising_steps", "first_chunk_steps"):
-            steps = getattr(self, name)
-            if steps is not None and (not steps or any(a <= b for a, b in itertools.pairwise(steps))):
-                raise ValueError(f"{name} must descend, got {', '.join(f'{step:g}' for step in steps) or 'none'}")
+
+SETTING_NAMES = (*(name for name in GenerateConfig.model_fields if name != "rollout"), *_ROLLOUT_NAMES)
+
+
+def _parse_steps(name: str, value: Any) -> Any:
+    """Turn `4` into 1000, 750, 500, 250 and `1000,757,522` into a list; leave the rest to pydantic."""
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",")]
+        if len(parts) == 1 and parts[0].isdecimal() and len(parts[0]) < 10:
+            value = int(parts[0])
+        else:
+            return [part for part in parts if part]
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 1 <= value <= TABLE_STEPS:
+            raise ValueError(f"{name}: a count of steps must be between 1 and {TABLE_STEPS}, got {value}")
+        return [round(TABLE_STEPS * (value - index) / value) for index in range(value)]
+    return value
+
+
+def _check_numbers(rollout: RolloutConfig) -> None:
+    """Raise `ValueError` for what an mp4 cannot be made of, or what a Wan model would refuse once it is loaded."""
+    if rollout.num_frames is None:
+        raise ValueError("num_frames is not set; an mp4 has an end, so say how many frames it has")
+    if rollout.num_frames > MOST_FRAMES:
+        raise ValueError(f"num_frames is {rollout.num_frames}; it must be at most {MOST_FRAMES}")
+    if rollout.output_type not in ("np", "uint8"):
+        raise ValueError(f"output_type is {rollout.output_type!r}; an mp4 is made of np or uint8 frames")
+    if rollout.num_inference_steps is not None and rollout.denoising_steps is not None:
+        raise ValueError("num_inference_steps is a count and denoising_steps a list of the same steps; give one")
+    for name in _ROLLOUT_NAMES:
+        value = getattr(rollout, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: must be a finite number, got {value}")
+    if rollout.guidance_scale < 0:
+        raise ValueError(f"guidance_scale is {rollout.guidance_scale:g}; it must be at least 0")
+    if not 0 <= rollout.sink_decay <= 1:
+        raise ValueError(f"sink_decay is {rollout.sink_decay:g}; it must be between 0 and 1")
+    for name in ("height", "width"):
+        size = getattr(rollout, name)
+        if size % SIZE_MULTIPLE:
+            below = size - size % SIZE_MULTIPLE
+            near = f"{below} and {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
+            raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {size}; the nearest: {near}")
+    for name in ("denoising_steps", "first_chunk_steps"):
+        steps = getattr(rollout, name)
+        if steps is None:
+            continue
+        if any(not 0 < step <= TABLE_STEPS for step in steps):
+            raise ValueError(f"{name}: every step must be above 0 and at most {TABLE_STEPS}, got {_listed(steps)}")
+        if not steps or any(a <= b for a, b in itertools.pairwise(steps)):
+            raise ValueError(f"{name} must descend, got {_listed(steps)}")
+
+
+def _listed(steps: tuple[float, ...]) -> str:
+    return ", ".join(f"{step:g}" for step in steps[:10]) + (", …" if len(steps) > 10 else "") or "none"
 
 
 # Of each pair only one makes sense, so giving one in a later layer replaces the other of an earlier one.
-_EXCLUSIVE = {"prompt": "prompts", "prompts": "prompt", "image": "video", "video": "image"}
+_EXCLUSIVE = (("prompt", "prompts"), ("image", "video"), ("denoising_steps", "num_inference_steps"))
 
 
 def resolve_config(*layers: dict[str, Any]) -> GenerateConfig:
@@ -222,11 +239,12 @@ def resolve_config(*layers: dict[str, Any]) -> GenerateConfig:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        for key, other in _EXCLUSIVE.items():
-            if key in layer and other not in layer:
-                merged.pop(other, None)
+        for pair in _EXCLUSIVE:
+            for key, other in (pair, pair[::-1]):
+                if key in layer and other not in layer:
+                    merged.pop(other, None)
         merged |= layer
     try:
-        return GenerateConfig(**merged)
+        return GenerateConfig.model_validate(merged)
     except ValidationError as error:
-        raise ValueError(error_line(error, list(GenerateConfig.model_fields))) from error
+        raise ValueError(error_line(error, SETTING_NAMES)) from error

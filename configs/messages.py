@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -11,7 +12,6 @@ from pydantic import ValidationError
 SYNONYMS = {
     "steps": "denoising_steps",
     "denoising_step_list": "denoising_steps",
-    "num_inference_steps": "denoising_steps",
     "timestep_shift": "shift",
     "flow_shift": "shift",
     "warp_denoising_step": "warp",
@@ -21,6 +21,10 @@ SYNONYMS = {
     "frames": "num_frames",
     "cfg": "guidance_scale",
 }
+
+_shortened = reprlib.Repr()  # a value can be small in memory and without end in print
+_shortened.maxlevel = 2
+_shortened.maxstring = _shortened.maxother = 60
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -34,7 +38,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 def unknown_key_line(key: object, known: Iterable[str]) -> str:
     """Say that `key` is not a setting and which one is nearest."""
     near = nearest(str(key), known)
-    return f"unknown key {one_line(repr(str(key)))}" + (f"; did you mean '{near}'?" if near else "")
+    return f"unknown key {one_line(shown(str(key)))}" + (f"; did you mean '{near}'?" if near else "")
 
 
 def error_line(error: ValidationError, known: Iterable[str]) -> str:
@@ -42,18 +46,17 @@ def error_line(error: ValidationError, known: Iterable[str]) -> str:
     known = list(known)
     problems: dict[str, None] = {}  # a set that keeps the order
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"] if part not in ("function-before", "str"))
-        if item["type"] == "extra_forbidden":
+        path = item["loc"][1:] if item["loc"][:1] == ("rollout",) else item["loc"]
+        key = ".".join(str(part) for part in path if part not in ("function-before", "str"))
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             problems[unknown_key_line(key, known)] = None
-        elif item["type"] == "missing":
-            problems[f"{key} is missing; give --{key.replace('_', '-')} or set it in the yaml file"] = None
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
             problems[f"{key}: {message}" if key else message] = None
         else:
             rule = item["msg"].replace("Input should be", "must be").replace("greater than or equal to", "at least")
             rule = rule.replace("less than or equal to", "at most").removeprefix("Value error, ")
-            problems[f"{key}: {rule}, got {_shorten(item['input'])}"] = None
+            problems[f"{key}: {rule}, got {shown(item['input'])}"] = None
     return one_line("; ".join(problems))
 
 
@@ -62,6 +65,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _shorten(value: object) -> str:
-    text = repr(value)
+def shown(value: object) -> str:
+    """A value as a message shows it: at most 60 characters, however large it is."""
+    text = _shortened.repr(value)
     return text if len(text) <= 60 else text[:57] + "…"

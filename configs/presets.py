@@ -6,16 +6,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from wan_autoregressive.configs.generate_config import GenerateConfig
+from wan_autoregressive.configs.generate_config import SETTING_NAMES
 from wan_autoregressive.configs.messages import nearest, unknown_key_line
+from wan_autoregressive.configs.read_yaml import parse_yaml, read_text
 
 
 def preset_names() -> list[str]:
     """Return the names of the presets that come with the package, sorted."""
     folder = files("wan_autoregressive.configs")
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def is_settings_file(name_or_path: str) -> bool:
+    """Whether this is the path of a yaml file (`mine.yaml`, `folder/mine`) and not the name of a preset."""
+    return name_or_path.endswith((".yaml", ".yml")) or len(Path(name_or_path).parts) != 1
 
 
 def load_preset(name_or_path: str) -> dict[str, Any]:
@@ -26,9 +30,8 @@ def load_preset(name_or_path: str) -> dict[str, Any]:
     Raises:
         ValueError: no such preset or file, not readable as a yaml mapping, or an unknown key (the nearest is named).
     """
-    looks_like_path = name_or_path.endswith((".yaml", ".yml")) or len(Path(name_or_path).parts) != 1
-    if looks_like_path:
-        text = _read_file(Path(name_or_path))
+    if is_settings_file(name_or_path):
+        text = read_text(Path(name_or_path), "config file")
     elif name_or_path in preset_names():
         text = (files("wan_autoregressive.configs") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     else:
@@ -38,29 +41,12 @@ def load_preset(name_or_path: str) -> dict[str, Any]:
             f"unknown preset '{name_or_path}'; {hint}known are {', '.join(preset_names())}, "
             "and a file of your own is given by a name that ends in .yaml"
         )
-    return _parse(text, name_or_path)
-
-
-def _read_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise ValueError(f"cannot read the config file '{path}': {reason}") from error
-
-
-def _parse(text: str, origin: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(text)
-    # Besides its own errors PyYAML lets those of value constructors (an impossible date) and of the stack through.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"'{origin}' is not valid yaml: {' '.join(str(error).split())}") from error
+    content = parse_yaml(text, name_or_path)
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"'{origin}' must hold `key: value` lines, got a {type(content).__name__}")
-    known = list(GenerateConfig.model_fields)
-    unknown = [unknown_key_line(key, known) for key in content if key not in known]
+        raise ValueError(f"'{name_or_path}' must hold `key: value` lines, got a {type(content).__name__}")
+    unknown = [unknown_key_line(key, SETTING_NAMES) for key in content if key not in SETTING_NAMES]
     if unknown:
-        raise ValueError(f"'{origin}': {'; '.join(unknown)}")
+        raise ValueError(f"'{name_or_path}': {'; '.join(unknown)}")
     return content

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from wan_autoregressive.configs.read_yaml import read_yaml
 
 LATENT_PIXEL_FRAMES = 4  # pixel frames of every latent frame but the first, in all Wan VAEs
 
-_TIME = re.compile(r"(\d+(?:\.\d+)?)(s?)")
+_TIME = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(s?)")
 _TIMED = re.compile(r"\s*(\d+(?:\.\d+)?s?)\s*:\s+(.*)", re.DOTALL)
 
 
@@ -44,11 +44,7 @@ def read_changes(value: Any) -> Any:
     """A mapping of times to prompts as it is, or read from a yaml or JSON file."""
     if not isinstance(value, str | Path):
         return value
-    try:
-        content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not valid yaml or JSON"
-        raise ValueError(f"cannot read the prompt changes in '{value}': {reason}") from error
+    content = read_yaml(Path(value), "prompt changes")
     if not isinstance(content, dict):
         raise ValueError(
             f"'{value}' must hold times and prompts, such as '5s: it snows', got {type(content).__name__}"

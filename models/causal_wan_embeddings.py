@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.embeddings import Timesteps
+from diffusers.models.embeddings import Timesteps, get_1d_rotary_pos_embed
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding
 
 from wan_autoregressive.cache.rotary import RotaryEmbedding
@@ -26,29 +26,40 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.patch_size, strict=True))
         return self.at([(frame_offset, frame_offset + frames)], height, width)
 
-    def at(self, positions: Sequence[tuple[int, int]], height: int, width: int) -> RotaryEmbedding:
-        """cos and sin of frames at the given runs of temporal positions `[start, stop)`, `height` x `width` each."""
-        for start, stop in positions:
+    def at(self, positions: Sequence[tuple[float, float]], height: int, width: int) -> RotaryEmbedding:
+        """cos and sin of frames at the given runs of temporal positions `[start, stop)`, `height` x `width` each.
+
+        Whole numbers are looked up in the table and end with it. Floats are computed: they may lie between frames and
+        have no end.
+        """
+        times = [self._time_tables(start, stop) for start, stop in positions]
+        cos = self._lay_out(self.freqs_cos, torch.cat([cos for cos, _ in times]), height, width)
+        sin = self._lay_out(self.freqs_sin, torch.cat([sin for _, sin in times]), height, width)
+        sin[..., ::2].neg_()
+        return cos, sin
+
+    def rotation(self, frames: float) -> RotaryEmbedding:
+        """cos and sin that move keys by some frames in time, forward or back."""
+        cos, sin = self.at([(abs(frames), abs(frames) + 1)], 1, 1)
+        return cos, sin if frames >= 0 else -sin
+
+    def _time_tables(self, start: float, stop: float) -> RotaryEmbedding:
+        """cos and sin of one run of temporal positions, `(frames, t_dim)`."""
+        if isinstance(start, int) and isinstance(stop, int):
             if start < 0 or stop > self.max_seq_len:
                 raise ValueError(
                     f"frames {start} to {stop - 1} leave the rotary table of {self.max_seq_len} positions "
                     "(rope_max_seq_len). Absolute positions end there; relative ones do not"
                 )
-        cos = self._lay_out(self.freqs_cos, positions, height, width)
-        sin = self._lay_out(self.freqs_sin, positions, height, width)
-        sin[..., ::2].neg_()
-        return cos, sin
+            return self.freqs_cos[start:stop, : self.t_dim], self.freqs_sin[start:stop, : self.t_dim]
+        device = self.freqs_cos.device
+        # As upstream makes the table.
+        precise = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        frames = torch.arange(round(stop - start), dtype=precise, device=device) + start
+        return get_1d_rotary_pos_embed(self.t_dim, frames, use_real=True, freqs_dtype=precise)
 
-    def rotation(self, frames: int) -> RotaryEmbedding:
-        """cos and sin that move keys by some frames in time, forward or back."""
-        cos, sin = self.at([(abs(frames), abs(frames) + 1)], 1, 1)
-        return cos, sin if frames >= 0 else -sin
-
-    def _lay_out(
-        self, table: torch.Tensor, positions: Sequence[tuple[int, int]], height: int, width: int
-    ) -> torch.Tensor:
-        time, row, column = table.split([self.t_dim, self.h_dim, self.w_dim], dim=1)
-        time = torch.cat([time[start:stop] for start, stop in positions])  # (frames, t_dim)
+    def _lay_out(self, table: torch.Tensor, time: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        _, row, column = table.split([self.t_dim, self.h_dim, self.w_dim], dim=1)
         frames = time.shape[0]
         grid = (frames, height, width, -1)
         time = time.view(frames, 1, 1, -1).expand(grid)

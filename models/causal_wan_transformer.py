@@ -29,7 +29,7 @@ from wan_autoregressive.models.causal_wan_embeddings import (
     CausalWanTimeTextImageEmbedding,
 )
 from wan_autoregressive.models.conditions import ConditionMemory, TimeConditions
-from wan_autoregressive.models.forward_plan import ForwardPlan
+from wan_autoregressive.models.forward_plan import ForwardPlan, PastFrames
 from wan_autoregressive.models.lean_layers import LeanGELU, LeanRMSNorm
 
 
@@ -159,8 +159,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         frame_offset: int = 0,
         keys_values_only: bool = False,
         memory: ConditionMemory | None = None,
-        timestep: float | None = None,
+        timestep: Hashable = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        keep_frames: int | None = None,
+        view: PastFrames | None = None,
     ) -> ForwardPlan:
         """Settle positions and cache slots of the next forward, and look up what earlier ones have computed.
 
@@ -170,8 +172,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         Args:
             hidden_states: The forward's, for its shape and device.
             keys_values_only (`bool`): End with the last block's keys and values in the cache; there is no flow then.
-            memory ([`ConditionMemory`], *optional*): Of the video, with `timestep` (of the whole chunk) and
-                `encoder_hidden_states` as they will be passed to the forward.
+            memory ([`ConditionMemory`], *optional*): Of the video, with `timestep` (one for the whole chunk, or a
+                tuple with one per frame) and `encoder_hidden_states` as they will be passed to the forward.
+            keep_frames (`int`, *optional*): Frames of the chunk, from the first on, that the cache holds afterwards;
+                all by default. With 0 the cache is left as it is.
+            view ([`PastFrames`], *optional*): What the chunk sees of the past; all that is held by default.
 
         Raises:
             ValueError: a position past the rotary table, a chunk that the cache refuses, a cache of another model or
@@ -183,13 +188,19 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
         like = hidden_states.new_empty(hidden_states.shape[0], 0, heads, head_dim)
         block_caches: Sequence[WanKVBlockCache | None] = [None] * len(self.blocks)
-        start, key_positions = frame_offset, None
+        start: float = frame_offset
+        key_positions = None
         if kv_cache is not None:
             self._check_kv_cache(kv_cache)
-            block_caches = kv_cache.begin_forward(frames * height * width, like)
-            start, key_positions = self._positions(kv_cache, frame_offset, frames, height * width)
+            size = height * width
+            keep = None if keep_frames is None else keep_frames * size
+            past = None if view is None else view.in_tokens(size)
+            block_caches = kv_cache.begin_forward(frames * size, like, keep, past)
+            rope = self.rope
+            positions = kv_cache.plan_positions(frame_offset, frames, size, rope.max_seq_len, rope.rotation)
+            start, key_positions = positions.start, positions.keys
 
-        def tables(name: Hashable, positions: Sequence[tuple[int, int]]) -> RotaryEmbedding:
+        def tables(name: Hashable, positions: Sequence[tuple[float, float]]) -> RotaryEmbedding:
             def make() -> RotaryEmbedding:
                 cos, sin = self.rope.at(positions, height, width)
                 return cos.to(hidden_states.device), sin.to(hidden_states.device)
@@ -209,18 +220,6 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if memory is not None and encoder_hidden_states is not None and not has_image_keys:
             plan.text = memory.text(encoder_hidden_states, len(self.blocks), like)
         return plan
-
-    def _positions(
-        self, kv_cache: WanKVCache, frame_offset: int, frames: int, tokens_per_frame: int
-    ) -> tuple[int, list[tuple[int, int]] | None]:
-        """Position of the chunk's first frame, and those of all cached keys if they are rotated when used."""
-        if kv_cache.position_mode == "absolute":
-            return frame_offset, None
-        if kv_cache.position_mode == "sink_relative":
-            rope = self.rope
-            return kv_cache.slide(frame_offset, frames, tokens_per_frame, rope.max_seq_len, rope.rotation), None
-        positions = kv_cache.planned_frame_positions(tokens_per_frame)
-        return max(stop for _, stop in positions) - frames, positions
 
     def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1, kv_cache: WanKVCache | None = None) -> int:
         """Bytes that keys and values of `num_tokens` tokens take over all blocks.

@@ -86,7 +86,7 @@ class ConditionMemory:
 
     def forget(self) -> None:
         """Drop everything. Needed after a change of weights in place; a change of LoRA adapters is noticed."""
-        self._times: dict[float, TimeConditions] = {}
+        self._times: dict[Hashable, TimeConditions] = {}
         self._texts: OrderedDict[Hashable, TextConditions] = OrderedDict()
         self._rotary: dict[Hashable, tuple[Hashable, RotaryEmbedding]] = {}
 
@@ -108,12 +108,14 @@ class ConditionMemory:
             self._adapters = adapters
             self.forget()
 
-    def time(self, timestep: float) -> TimeConditions:
-        """Of a timestep that holds for a whole chunk."""
+    def time(self, timestep: Hashable) -> TimeConditions:
+        """Of a timestep that holds for a whole chunk, or of a tuple with one per frame."""
         known = self._times.setdefault(timestep, TimeConditions())
         if known.temb is None or known.modulation is None:
             return known
-        return TimeConditions(self._fixed.hold("temb", known.temb), self._fixed.hold("modulation", known.modulation))
+        groups = known.temb.shape[1]
+        held = (self._fixed.hold((of, groups), getattr(known, of)) for of in ("temb", "modulation"))
+        return TimeConditions(*held)
 
     def text(self, embeds: torch.Tensor, num_blocks: int, like: torch.Tensor) -> TextConditions:
         """Of the embeddings `(batch, text_tokens, text_dim)` in this very tensor, as long as nothing is written to it.

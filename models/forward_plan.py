@@ -3,9 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wan_autoregressive.cache import WanKVBlockCache
+from wan_autoregressive.cache import PastView, WanKVBlockCache
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.models.conditions import TextConditions, TimeConditions
+
+
+@dataclass(frozen=True)
+class PastFrames:
+    """Which of the past a forward sees, in latent frames."""
+
+    newest: int | None = None
+    """The ones right before its own; `None` is all that is held."""
+    sink: bool = True
+    """Whether the sink is seen where `newest` does not reach it."""
+
+    def in_tokens(self, tokens_per_frame: int) -> PastView:
+        return PastView(None if self.newest is None else self.newest * tokens_per_frame, self.sink)
 
 
 @dataclass

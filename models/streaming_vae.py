@@ -222,8 +222,12 @@ def _latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[to
     _check_video(latents, "latents", vae.config["z_dim"])
     shape = (1, vae.config["z_dim"], 1, 1, 1)
     # Asynchronous copies: a plain one would wait for the device, once per chunk.
-    mean = torch.tensor(vae.config["latents_mean"]).view(shape).to(latents.device, latents.dtype, non_blocking=True)
-    std = torch.tensor(vae.config["latents_std"]).view(shape).to(latents.device, latents.dtype, non_blocking=True)
+    mean, std = (
+        torch.tensor(vae.config[name], dtype=torch.float32)
+        .view(shape)
+        .to(latents.device, latents.dtype, non_blocking=True)
+        for name in ("latents_mean", "latents_std")
+    )
     return mean, 1.0 / std
 
 

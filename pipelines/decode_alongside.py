@@ -10,27 +10,45 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload
 
+from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
+from wan_autoregressive.pipelines.components import WanComponents
+from wan_autoregressive.pipelines.outputs import WanVideoChunk
+from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.source_video import SourceEndedError
-
-if TYPE_CHECKING:
-    from wan_autoregressive.pipelines.outputs import WanVideoChunk
-    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
-    from wan_autoregressive.pipelines.rollout import ChunkDraft, WanRollout
 
 # A LoRA scale is set on the transformer's layers for the time of a forward: rollouts that share it take turns.
 _TURNS: WeakKeyDictionary[torch.nn.Module, threading.Lock] = WeakKeyDictionary()
 
 
-def check_decode_alongside(pipe: "WanAutoregressivePipeline") -> None:
+class OverlappedRollout(Protocol):
+    """What is needed of a rollout: its stages one by one."""
+
+    components: WanComponents
+    device: torch.device
+    interrupted: bool
+
+    @property
+    def done(self) -> bool: ...
+    @property
+    def prompt(self) -> PromptState: ...
+    @property
+    def negative_prompt_embeds(self) -> torch.Tensor | None: ...
+    def stepping(self) -> AbstractContextManager[None]: ...
+    def begin_chunk(self) -> ChunkInFlight: ...
+    def make_latents(self, in_flight: ChunkInFlight) -> None: ...
+    def decode_chunk(self, in_flight: ChunkInFlight) -> WanVideoChunk: ...
+
+
+def check_decode_alongside(components: WanComponents) -> None:
     """Raise `ValueError` if transformer or VAE are offloaded, whole or in parts."""
-    for name in ("transformer", "vae"):
-        model = getattr(pipe, name)
+    vae = None if components.codec is None else components.codec.vae
+    for name, model in (("transformer", components.transformer), ("vae", vae)):
         if model is not None and _is_offloaded(model):
             raise ValueError(
                 f"decode_alongside runs the transformer and the VAE at the same time, but the {name} is offloaded "
@@ -38,35 +56,35 @@ def check_decode_alongside(pipe: "WanAutoregressivePipeline") -> None:
             )
 
 
-def chunks_decoded_alongside(rollout: "WanRollout", stop: Callable[[], bool]) -> Iterator["WanVideoChunk"]:
+def chunks_decoded_alongside(rollout: OverlappedRollout, stop: Callable[[], bool]) -> Iterator[WanVideoChunk]:
     """The chunks to come; see [`WanRollout.chunks`]."""
     if rollout.done:
         return
     try:
-        with rollout.stepping(), _Denoiser(rollout) as denoiser:
-            denoiser.begin()
-            draft = denoiser.finish()
+        with rollout.stepping(), _AheadOfCaller(rollout) as ahead:
+            ahead.begin()
+            in_flight = ahead.finish()
             while not (rollout.done or stop()):
-                denoiser.begin()
-                yield rollout.decode_chunk(draft)
-                draft = denoiser.finish()
-            last = rollout.decode_chunk(draft)
+                ahead.begin()
+                yield rollout.decode_chunk(in_flight)
+                in_flight = ahead.finish()
+            last = rollout.decode_chunk(in_flight)
     except SourceEndedError:
         return
     yield last  # out here the rollout is whole and free again: closing the iterator now costs nothing
 
 
-class _Denoiser:
+class _AheadOfCaller:
     """A thread, and on CUDA a stream, that makes the latents of one chunk at a time."""
 
-    def __init__(self, rollout: "WanRollout") -> None:
+    def __init__(self, rollout: OverlappedRollout) -> None:
         self._rollout = rollout
         self._stream = _denoising_stream(rollout.device)
-        self._turn = _TURNS.setdefault(rollout.pipe.transformer, threading.Lock())
-        self._ahead: Future[ChunkDraft] | None = None
+        self._turn = _TURNS.setdefault(rollout.components.transformer, threading.Lock())
+        self._ahead: Future[ChunkInFlight] | None = None
         self._made: torch.cuda.Event | None = None
 
-    def __enter__(self) -> "_Denoiser":
+    def __enter__(self) -> "_AheadOfCaller":
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="wan-denoise")
         self._thread = self._pool.submit(threading.get_ident).result()
         return self
@@ -82,32 +100,32 @@ class _Denoiser:
 
     def begin(self) -> None:
         """Start on the next chunk."""
-        draft = self._rollout.begin_chunk()
+        in_flight = self._rollout.begin_chunk()
         if self._stream is not None:
             # From here and not from the other thread, where it would wait for the decoding that is to come as well.
             self._stream.wait_stream(self._callers_stream())
-            new = None if draft.next_prompt is None else draft.next_prompt.embeds
+            new = None if in_flight.next_prompt is None else in_flight.next_prompt.embeds
             for embeds in (self._rollout.prompt.embeds, self._rollout.negative_prompt_embeds, new):
                 if embeds is not None:
                     embeds.record_stream(self._stream)  # they may be dropped for others while they are still read
-        self._ahead = self._pool.submit(self._make, draft, _modes_of_this_thread(self._rollout.device.type))
+        self._ahead = self._pool.submit(self._make, in_flight, _modes_of_this_thread(self._rollout.device.type))
 
-    def finish(self) -> "ChunkDraft":
+    def finish(self) -> ChunkInFlight:
         """Wait for that chunk's latents. What was raised in making them is raised here."""
         assert self._ahead is not None
-        draft = self._ahead.result()
+        in_flight = self._ahead.result()
         self._ahead = None
         if self._made is not None:
             self._callers_stream().wait_event(self._made)
-            draft.latents.record_stream(self._callers_stream())
-        return draft
+            in_flight.latents.record_stream(self._callers_stream())
+        return in_flight
 
-    def _make(self, draft: "ChunkDraft", modes: Callable[[], AbstractContextManager[object]]) -> "ChunkDraft":
+    def _make(self, in_flight: ChunkInFlight, modes: Callable[[], AbstractContextManager[object]]) -> ChunkInFlight:
         with self._turn, modes(), torch.cuda.stream(self._stream):
-            self._rollout.make_latents(draft)
+            self._rollout.make_latents(in_flight)
             if self._stream is not None:
                 self._made = self._stream.record_event()
-        return draft
+        return in_flight
 
     def _callers_stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._rollout.device)

@@ -36,16 +36,20 @@ def pixel_size(
 def pixel_frames(
     num_frames: int | None,
     latents: torch.Tensor | None,
-    given_frames: int,
+    frames_before: int,
     source: Any,
     scale_factor_temporal: int,
 ) -> int | None:
-    """Pixel frames of the video, from the initial noise or the source if they are given and have an end."""
+    """Pixel frames of the video, from the initial noise or the source if they are given and have an end.
+
+    Args:
+        frames_before: Latent frames before those that the initial noise is for.
+    """
     if source is not None and hasattr(source, "__len__"):
         available = pixel_frames_of(
             given_latent_frames(None, source, None, scale_factor_temporal), scale_factor_temporal
         )
         return available if num_frames is None else min(num_frames, available)
     if num_frames is None and latents is not None:
-        return pixel_frames_of(given_frames + latents.shape[2], scale_factor_temporal)
+        return pixel_frames_of(frames_before + latents.shape[2], scale_factor_temporal)
     return num_frames

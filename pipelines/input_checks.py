@@ -1,35 +1,35 @@
 """Whether what was asked for can work with a pipeline's components; all before any model runs."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from wan_autoregressive.pipelines.frame_grid import pixel_frames_of
+from wan_autoregressive.configs.registry import SAMPLERS, SWITCH_POLICIES
+from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.prompts import Prompt, check_prompt
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
 
-if TYPE_CHECKING:
-    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+
+def check_extensions(config: RolloutConfig) -> None:
+    """Raise `ValueError` for settings that the sampler or the switch policy they name cannot work with."""
+    SAMPLERS.load(config.sampler).check(config)
+    SWITCH_POLICIES.load(config.switch_policy).from_config(config)
 
 
-def check_sizes(pipe: "WanAutoregressivePipeline", config: RolloutConfig, given_frames: int) -> None:
+def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: int) -> None:
     """Raise `ValueError` for sizes, counts or a kind of transformer that cannot work."""
-    model = pipe.transformer.config
+    model = components.transformer.config
     if model.in_channels != model.out_channels or model.patch_size[0] != 1:
         raise ValueError(
             f"this transformer takes {model.in_channels} and gives {model.out_channels} channels with patches of "
             f"{model.patch_size[0]} frames; a causal text-to-video model has equal channels and 1-frame patches"
         )
-    for name, size, patch in (
-        ("height", config.height, model.patch_size[1]),
-        ("width", config.width, model.patch_size[2]),
-    ):
-        multiple = pipe.vae_scale_factor_spatial * patch
+    geometry = components.geometry
+    sizes = (("height", config.height), ("width", config.width))
+    for (name, size), multiple in zip(sizes, geometry.size_multiples, strict=True):
         if size % multiple:
             nearest = max(size // multiple, 1) * multiple
             raise ValueError(f"{name} is {size}; it must be divisible by {multiple}, such as {nearest}")
-    total = pipe.frame_grid(config).total_frames
+    total = components.frame_grid(config).total_frames
     if total is not None and total <= given_frames:
         raise ValueError(
             f"num_frames is {config.num_frames} ({total} latent frames) but {given_frames} latent frames are "
@@ -40,8 +40,9 @@ def check_sizes(pipe: "WanAutoregressivePipeline", config: RolloutConfig, given_
             f"window_frames {config.window_frames} (and cut_jump_frames) make positions up to "
             f"{config.highest_position}; the rotary table ends at {model.rope_max_seq_len}"
         )
-    if total is not None and (config.highest_position or total) > model.rope_max_seq_len:
-        longest = pixel_frames_of(model.rope_max_seq_len, pipe.vae_scale_factor_temporal)
+    endless = SWITCH_POLICIES.load(config.switch_policy).has_endless_positions
+    if not endless and total is not None and (config.highest_position or total) > model.rope_max_seq_len:
+        longest = geometry.pixel_frames(model.rope_max_seq_len)
         raise ValueError(
             f"num_frames is {config.num_frames} ({total} latent frames); absolute positions end at "
             f"{model.rope_max_seq_len} latent frames, {longest} pixel frames. Set position_mode='relative' and "
@@ -50,7 +51,7 @@ def check_sizes(pipe: "WanAutoregressivePipeline", config: RolloutConfig, given_
 
 
 def check_tensors(
-    pipe: "WanAutoregressivePipeline",
+    components: WanComponents,
     config: RolloutConfig,
     batch_size: int,
     given_frames: int,
@@ -61,32 +62,30 @@ def check_tensors(
     """Raise `ValueError` for noise, given latents or generators that do not fit the video."""
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"got {len(generator)} generators for {batch_size} videos; pass one for each, or only one")
-    total = pipe.frame_grid(config).total_frames
+    grid = components.frame_grid(config, given_frames)
+    total = grid.total_frames
     for name, tensor, frames in (
-        ("latents", latents, None if total is None else total - given_frames),
+        ("latents", latents, None if total is None else total - grid.first_generated_frame),
         ("video_latents", video_latents, given_frames),
     ):
         if tensor is None:
             continue
-        size = pipe.latent_size(config.height, config.width)
-        expected = (batch_size, pipe.transformer.config.in_channels, frames, *size)
+        geometry = components.geometry
+        expected = (batch_size, geometry.latent_channels, frames, *geometry.latent_size(config.height, config.width))
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this video needs {expected}")
 
 
 def check_prompts(
-    pipe: "WanAutoregressivePipeline", config: RolloutConfig, prompts: list[Prompt], switch_frames: list[int]
+    components: WanComponents, config: RolloutConfig, prompts: list[Prompt], switch_frames: list[int]
 ) -> None:
     """Raise `ValueError` for prompts, embeddings or switch times that cannot be used, and for a missing VAE."""
     for prompt in prompts:
-        check_prompt(prompt)
-        text_dim = pipe.transformer.config.text_dim
-        if isinstance(prompt, torch.Tensor) and prompt.shape[2] != text_dim:
-            raise ValueError(f"embeddings have {prompt.shape[2]} channels; this transformer takes {text_dim}")
+        check_prompt(prompt, components.transformer.config.text_dim)
     for frame in switch_frames:
         if not isinstance(frame, int) or frame < 0:
             raise ValueError(f"prompt_schedule has the key {frame!r}; keys are latent frames, 0 or more")
-    if config.strength is not None and pipe.vae is None:
+    if config.strength is not None and components.codec is None:
         raise ValueError("video to video needs a VAE, which this pipeline does not have")
-    if config.output_type != "latent" and pipe.vae is None:
+    if config.output_type != "latent" and components.codec is None:
         raise ValueError(f"output_type is {config.output_type!r} but this pipeline has no VAE; use 'latent'")

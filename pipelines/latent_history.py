@@ -1,5 +1,7 @@
 """The last clean latents of a video, for rebuilding the cache under another prompt."""
 
+from typing import Any
+
 import torch
 
 
@@ -26,6 +28,18 @@ class LatentHistory:
 
     def clear(self) -> None:
         self._chunks.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chunks": list(self._chunks)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._chunks = list(state["chunks"])
+
+    def fork(self) -> "LatentHistory":
+        """A copy that goes on on its own. Tensors in here are replaced, never written to, so both share them."""
+        twin = LatentHistory(self.max_frames)
+        twin._chunks = list(self._chunks)
+        return twin
 
     @property
     def num_frames(self) -> int:

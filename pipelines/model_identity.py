@@ -3,29 +3,23 @@
 import dataclasses
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
-
-if TYPE_CHECKING:
-    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive.pipelines.components import WanComponents
 
 
-def model_identity(pipe: "WanAutoregressivePipeline", with_vae: bool) -> dict[str, Any]:
+def model_identity(components: WanComponents, with_vae: bool) -> dict[str, Any]:
     """What a saved video is bound to, as JSON: config, settings and weights of the models that make it.
 
     Args:
         with_vae: whether the video is decoded; otherwise the VAE does not matter.
     """
-    transformer = pipe.transformer
+    transformer, codec = components.transformer, components.codec
     identity: dict[str, Any] = {"transformer": _component_identity(transformer)}
     identity["transformer"]["sinusoid_dtype"] = str(transformer.condition_embedder.timesteps_proj.sinusoid_dtype)
     if with_vae:
-        identity["vae"] = None if pipe.vae is None else _component_identity(pipe.vae)
-        if pipe.vae is not None:
-            # Through getattr, because diffusers has no accessor for them.
-            names = [name for name in vars(pipe.vae) if name.startswith(("use_slicing", "use_tiling", "tile_sample_"))]
-            identity["vae"]["tiling"] = {name: getattr(pipe.vae, name) for name in sorted(names)}
+        identity["vae"] = None if codec is None else _component_identity(codec.vae) | {"tiling": codec.settings()}
     return identity
 
 

@@ -1,9 +1,10 @@
 """The pipeline: from a prompt to a video that grows chunk by chunk."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -16,35 +17,22 @@ from diffusers.utils import logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from wan_autoregressive.cache import MovingAverageSink, WanKVCache
-from wan_autoregressive.choices import KVDtype, PositionMode, RecacheSink, SinkUpdateMode, SwitchPolicy
+from wan_autoregressive.configs.choices import OutputType
+from wan_autoregressive.configs.rollout_config import RolloutConfig, RolloutSettings
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
-from wan_autoregressive.models.streaming_vae import (
-    StreamingVaeEncoder,
-    denormalize_latents,
-    normalize_latents,
-)
+from wan_autoregressive.models.codec import codec_of
 from wan_autoregressive.pipelines.checkpoint_index import STOCK_CLASSES, swap_component_classes
+from wan_autoregressive.pipelines.components import WanComponents, WanTextEncoder
 from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
-from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of
 from wan_autoregressive.pipelines.inferred_sizes import given_latent_frames, pixel_frames, pixel_size
-from wan_autoregressive.pipelines.input_checks import check_prompts, check_sizes, check_tensors
+from wan_autoregressive.pipelines.input_checks import check_extensions, check_prompts, check_sizes, check_tensors
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
-from wan_autoregressive.pipelines.prompts import (
-    Prompt,
-    PromptState,
-    check_one_of,
-    check_prompt,
-    expand_to_batch,
-    prompt_count,
-)
+from wan_autoregressive.pipelines.prompts import Prompt, PromptState, check_one_of, prompt_count
 from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
-from wan_autoregressive.pipelines.rollout_plan import RolloutPlan, plan_rollout
-from wan_autoregressive.pipelines.rollout_state import resume_rollout
+from wan_autoregressive.pipelines.rollout_estimate import RolloutEstimate, estimate_rollout
 from wan_autoregressive.pipelines.source_video import SourceVideo
 from wan_autoregressive.pipelines.step_callback import StepEndFunction, VideoStepCallback
-from wan_autoregressive.pipelines.video_frames import as_unit_floats, cut_frames, join_frames
+from wan_autoregressive.pipelines.video_frames import cut_frames, join_frames, pixels_as
 from wan_autoregressive.schedulers import SelfForcingScheduler
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
 
@@ -105,8 +93,9 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         )
         # Saved folders name stock classes, so that they load from the Hub and in WanPipeline; loading swaps them back.
         self.register_to_config(**STOCK_CLASSES)
-        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal if vae is not None else 4
-        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial if vae is not None else 8
+        geometry = self.wan_components().geometry
+        self.vae_scale_factor_temporal = geometry.scale_factor_temporal
+        self.vae_scale_factor_spatial = geometry.scale_factor_spatial
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -135,7 +124,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "np",
+        output_type: OutputType = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: StepEndFunction | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -161,7 +150,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             generator (`torch.Generator` or a list with one per video, *optional*): Noise and re-noise are drawn chunk
                 by chunk, step by step, as (batch, channels, frames, height, width).
             latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Initial noise of
-                the generated frames.
+                the chunks to generate.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`,
                 *optional*): Instead of text.
             output_type (`str`, defaults to `"np"`): `np`, `pil`, `pt` or `latent`.
@@ -192,7 +181,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         tensor_inputs = callback_on_step_end_tensor_inputs or ["latents"]
         self._check_callback_inputs(tensor_inputs)
         if decode_alongside:
-            check_decode_alongside(self)
+            check_decode_alongside(self.wan_components())
         self._guidance_scale = guidance_scale
         self._interrupt = False
 
@@ -253,7 +242,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             [`WanVideoChunk`] with `frames`, `latents`, `index`, `start_frame` and `timings`.
         """
         if decode_alongside:
-            check_decode_alongside(self)
+            check_decode_alongside(self.wan_components())
         rollout = self.rollout(prompt, **kwargs)
         if self._offloads_whole_models and rollout.vae_decoder is not None:
             logger.warning("model offload swaps transformer and VAE for every chunk of a stream, which is slow")
@@ -264,169 +253,105 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        chunk_frames: int = 3,
-        first_chunk_frames: int | None = None,
-        window_frames: int | None = None,
-        sink_frames: int = 0,
-        context_noise: float = 0,
-        clean_pass: bool = True,
+        *,
         image: Any = None,
         video: Any = None,
         video_latents: torch.Tensor | None = None,
-        strength: float | None = None,
         prompt_schedule: Mapping[int, Prompt] | None = None,
-        switch_policy: SwitchPolicy = "recache",
-        recache_sink: RecacheSink = "keep",
-        flush_frames: int = 2,
-        cut_jump_frames: int = 42,
-        blend_chunks: int = 4,
-        position_mode: PositionMode = "absolute",
-        sink_update: SinkUpdateMode = "static",
-        sink_decay: float = 0.999,
-        kv_dtype: KVDtype | None = None,
-        park_vae_state: bool = False,
-        first_chunk_steps: tuple[float, ...] | list[float] | None = None,
-        num_inference_steps: int | None = None,
-        denoising_steps: tuple[float, ...] | list[float] | None = None,
-        guidance_scale: float = 1.0,
         num_videos_per_prompt: int = 1,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
-        max_sequence_length: int = 512,
         on_step_end: StepCallback | None = None,
+        **settings: Unpack[RolloutSettings],
     ) -> WanRollout:
         """Start a video that the caller drives with `step()`.
 
         Arguments that [`__call__`] has too mean the same here; without `num_frames` (and `latents`) there is no end.
 
         Args:
-            chunk_frames (`int`, defaults to 3): Latent frames denoised together.
-            first_chunk_frames (`int`, *optional*): Those of the first chunk if it differs;
-                1 is an independent first frame.
-            window_frames (`int`, *optional*): Latent frames in the KV cache at most, sink and current chunk included.
-                `None` keeps the whole video; absolute positions then end it at 1024 latent frames.
-            sink_frames (`int`, defaults to 0): First latent frames that are never evicted.
-            context_noise (`float`, defaults to 0): Timestep of the pass that writes a finished chunk to the cache.
-            clean_pass (`bool`, defaults to `True`): Off, the keys and values of a chunk's last step stay in the cache.
-                Saves a forward per chunk; the past is then a noisy one, for which few models are trained.
             image: One image (PIL, array or tensor) to start from.
             video: A clip to extend: frames (PIL images, `(frames, height, width, 3)` uint8 or [0, 1] floats, tensors)
-                or a batch of such. Frames past a multiple of 4 plus 1 are dropped.
+                or a batch of such. Frames past a multiple of 4 plus 1 are dropped. With `strength` it is not given but
+                the source, frame by frame (any iterable, a camera too): every chunk starts from the noised encoding of
+                the matching source chunk, and the video ends with the source.
             video_latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Given
                 latents, normalised. Given frames come first in the video and count in `num_frames`.
-            strength (`float`, *optional*): Video to video: `video` is not given but the source, frame by frame (any
-                iterable, a camera too), and every chunk starts from the noised encoding of the matching source chunk.
-                Above 0 (the source) to 1 (all new): the share of the denoising steps that are made. The video ends
-                with the source.
             prompt_schedule (`dict[int, str | list[str] | torch.Tensor]`, *optional*): Prompts or embeddings by the
                 latent frame from which they hold; taken over at the next chunk boundary.
-            switch_policy (`str`, defaults to `"recache"`): `recache` rebuilds the window's keys and values under the
-                new prompt; `cross_attention` only changes the text, and the past goes on to speak of the old one;
-                `flush` keeps the sink and the newest `flush_frames` frames; `cut` does so and jumps
-                `cut_jump_frames` ahead in time; `blend` interpolates the embeddings over `blend_chunks` chunks.
-            recache_sink (`str`, defaults to `"keep"`): Whether the sink keeps the old prompt's keys and values, or
-                `refresh`: the oldest frames of the window become the new sink.
-            position_mode (`str`, defaults to `"absolute"`): `absolute` counts frames from the start of the video, up
-                to 1024; `relative` by their place in the window, without end; `sink_relative` is `relative` for nearly
-                nothing, see [`WanKVCache`]. All are equal until the first eviction.
-            sink_update (`str`, defaults to `"static"`): `moving_average` folds evicted frames into the sink, which
-                keeps `sink_decay` of itself each time (Reward-Forcing). Needs relative positions.
-            kv_dtype (`str`, *optional*): `int8` keeps the past as int8, see [`WanKVCache`]; else the model's dtype.
-            park_vae_state (`bool`, defaults to `False`): Keep the VAE decoder's state in CPU memory while nothing is
-                decoded: `plan().vae_state_bytes` less on the VAE's device for two transfers of them per chunk.
-            first_chunk_steps (`Sequence[float]`, *optional*): Own step list for the first generated chunk.
-            denoising_steps (`Sequence[float]`, *optional*): Own step list, see [`SelfForcingScheduler`].
+            on_step_end (`Callable`, *optional*): Called as `f(rollout, chunk, step, timestep, latents)` after every
+                denoising step, `step` counting over all chunks; returns the latents to go on with.
+            settings: The fields of a [`RolloutConfig`]: chunks, window, sink, steps, positions, prompt changes.
 
         Returns:
             [`WanRollout`]
 
         Raises:
             ValueError: arguments that cannot work, before any model runs.
+            TypeError: an argument that there is not.
         """
         # 1. Check inputs
         check_one_of(image=image, video=video, video_latents=video_latents)
-        schedule = dict(prompt_schedule or {})
-        if strength is not None and video is None:
+        schedule, components = dict(prompt_schedule or {}), self.wan_components()
+        if settings.get("strength") is not None and video is None:
             raise ValueError("strength is for video to video; pass the source as video")
-        source, factor = video if strength is not None else None, self.vae_scale_factor_temporal
+        source, geometry = video if settings.get("strength") is not None else None, components.geometry
+        factor = geometry.scale_factor_temporal
         given_frames = 0 if source is not None else given_latent_frames(image, video, video_latents, factor)
-        height, width = pixel_size(height, width, self.vae_scale_factor_spatial, latents, video_latents)
-        config = RolloutConfig(
-            height=height,
-            width=width,
-            num_frames=pixel_frames(num_frames, latents, given_frames, source, factor),
-            chunk_frames=chunk_frames,
-            first_chunk_frames=first_chunk_frames,
-            window_frames=window_frames,
-            sink_frames=sink_frames,
-            context_noise=context_noise,
-            clean_pass=clean_pass,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            denoising_steps=None if denoising_steps is None else tuple(denoising_steps),
-            switch_policy=switch_policy,
-            recache_sink=recache_sink,
-            flush_frames=flush_frames,
-            cut_jump_frames=cut_jump_frames,
-            blend_chunks=blend_chunks,
-            position_mode=position_mode,
-            sink_update=sink_update,
-            sink_decay=sink_decay,
-            kv_dtype=kv_dtype,
-            park_vae_state=park_vae_state,
-            first_chunk_steps=None if first_chunk_steps is None else tuple(first_chunk_steps),
-            strength=strength,
-            max_sequence_length=max_sequence_length,
-            output_type=output_type,
+        height, width = pixel_size(
+            settings.get("height"), settings.get("width"), geometry.scale_factor_spatial, latents, video_latents
         )
+        resolved: dict[str, Any] = {**settings, "height": height, "width": width}
+        config = RolloutConfig(**resolved)
+        frames_before = components.frame_grid(config, given_frames).first_generated_frame
+        num_frames = pixel_frames(config.num_frames, latents, frames_before, source, factor)
+        config = dataclasses.replace(config, num_frames=num_frames)
         first_prompt = check_one_of(prompt=prompt, prompt_embeds=prompt_embeds)
         if first_prompt is None:
             first_prompt = check_one_of(required=True, prompt=schedule.pop(0, None), prompt_embeds=None)
         negative = check_one_of(negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds)
         negative = "" if negative is None else negative
-        check_sizes(self, config, given_frames)
-        check_prompts(self, config, [first_prompt, negative, *schedule.values()], list(schedule))
+        check_extensions(config)
+        check_sizes(components, config, given_frames)
+        schedulers = components.schedulers(config)
+        check_prompts(components, config, [first_prompt, negative, *schedule.values()], list(schedule))
         batch_size = prompt_count(first_prompt) * num_videos_per_prompt
-        schedulers = self.chunk_schedulers(config)
-        check_tensors(self, config, batch_size, given_frames, latents, video_latents, generator)
+        check_tensors(components, config, batch_size, given_frames, latents, video_latents, generator)
 
         # 2. Encode prompts
+        def encoded(prompt: Prompt) -> PromptState:
+            return components.encode_prompt(prompt, batch_size, config.max_sequence_length)
+
         started = time.perf_counter()
-        first_state = self.encode_for_rollout(first_prompt, batch_size, max_sequence_length)
-        negative_embeds = None
-        if config.do_classifier_free_guidance:
-            negative_embeds = self.encode_for_rollout(negative, batch_size, max_sequence_length).embeds
-        states = {frame: self.encode_for_rollout(p, batch_size, max_sequence_length) for frame, p in schedule.items()}
+        first_state = encoded(first_prompt)
+        negative_embeds = encoded(negative).embeds if config.do_classifier_free_guidance else None
+        states = {frame: encoded(later) for frame, later in schedule.items()}
         text_s = time.perf_counter() - started
 
         # 3. Encode given frames
         started = time.perf_counter()
         if video_latents is None and given_frames:
-            video_latents = self.encode_video([image] if video is None else video, height, width, batch_size)
+            given = [image] if video is None else video
+            video_latents = components.encode_video(given, height, width, batch_size)
         encode_s = time.perf_counter() - started
 
-        device = self._execution_device
+        device = components.device
         return WanRollout(
-            pipe=self,
-            config=config,
-            schedulers=schedulers,
+            components,
+            config,
             prompt=first_state,
             negative_prompt_embeds=negative_embeds,
             prompt_schedule=states,
             generator=generator,
             latents=None if latents is None else latents.to(device, torch.float32),
-            video_latents=None if video_latents is None else video_latents.to(device, torch.float32),
-            source=None if source is None else SourceVideo(self, source, height, width, batch_size),
+            given_latents=None if video_latents is None else video_latents.to(device, torch.float32),
+            source=None if source is None else SourceVideo(components, source, height, width, batch_size),
             attention_kwargs=attention_kwargs,
             on_step_end=on_step_end,
             seconds_before={"text": text_s, "encode": encode_s},
+            schedulers=schedulers,
         )
 
     def resume(
@@ -448,39 +373,33 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             ValueError: nothing was saved there, it is damaged or of another format version, or this pipeline's models
                 have other weights, another config, dtype or tiling. The message names the difference.
         """
-        return resume_rollout(self, folder, generator_device, on_step_end)
+        return WanRollout.load(self.wan_components(), folder, generator_device, on_step_end)
 
-    def plan(self, given_frames: int = 0, batch_size: int = 1, **kwargs: Any) -> RolloutPlan:
+    def estimate(self, given_frames: int = 0, batch_size: int = 1, **settings: Any) -> RolloutEstimate:
         """What a rollout with these settings will take, without running anything.
 
         Args:
             given_frames (`int`, defaults to 0): Given latent frames.
             batch_size (`int`, defaults to 1): Videos made together.
-            kwargs: Settings of a [`RolloutConfig`]; `height` and `width` are needed.
+            settings: The fields of a [`RolloutConfig`]; `height` and `width` are needed.
         """
-        return plan_rollout(self, RolloutConfig(**kwargs), given_frames, batch_size)
+        return estimate_rollout(self.wan_components(), RolloutConfig(**settings), given_frames, batch_size)
 
-    # What a rollout asks of its pipeline.
+    plan = estimate
+    """The name that `estimate` had before."""
 
-    @torch.no_grad()
-    def encode_for_rollout(self, prompt: Prompt, batch_size: int, max_sequence_length: int = 512) -> PromptState:
-        """Embeddings `(batch_size, text_tokens, text_dim)` of a prompt in the transformer's dtype."""
-        check_prompt(prompt)
-        text: list[str] | None = None
-        if isinstance(prompt, torch.Tensor):
-            embeds = prompt
-        else:
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError("this pipeline has no text encoder or tokenizer: pass embeddings instead of text")
-            text = [prompt] if isinstance(prompt, str) else list(prompt)
-            embeds, _ = self.encode_prompt(
-                text, do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
-            )
-            text = text * (batch_size // len(text)) if len(text) == 1 else text
-        embeds = expand_to_batch(embeds, batch_size).to(self._execution_device, self.transformer.dtype)
-        return PromptState(embeds, text)
+    # What rollouts are made of.
 
-    @torch.no_grad()
+    def wan_components(self) -> WanComponents:
+        """The models as they are now, for a rollout: one that runs keeps those that it was started with."""
+        text = self.tokenizer is not None and self.text_encoder is not None
+        return WanComponents(
+            transformer=self.transformer,
+            scheduler=self.scheduler,
+            codec=None if self.vae is None else codec_of(self.vae),
+            text_encoder=WanTextEncoder(self.tokenizer, self.text_encoder) if text else None,
+        )
+
     def encode_video(self, video: Any, height: int, width: int, batch_size: int = 1) -> torch.Tensor:
         """Normalised latents `(batch_size, channels, latent_frames, height, width)` of given pixel frames.
 
@@ -488,66 +407,11 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             video: Frames or a batch of them, see [`rollout`]. They are resized to `height` and `width`; frames past a
                 multiple of 4 plus 1 are dropped.
         """
-        if self.vae is None:
-            raise ValueError("this pipeline has no VAE: pass video_latents instead of an image or a video")
-        pixels = self.video_processor.preprocess_video(as_unit_floats(video), height=height, width=width)
-        factor = self.vae_scale_factor_temporal
-        pixels = pixels[:, :, : (pixels.shape[2] - 1) // factor * factor + 1]
-        pixels = pixels.to(self._execution_device, self.vae.dtype)
-        latents = StreamingVaeEncoder(self.vae).encode(pixels).mode()
-        return expand_to_batch(normalize_latents(self.vae, latents).float(), batch_size, "video")
+        return self.wan_components().encode_video(video, height, width, batch_size)
 
-    @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "np") -> Any:
+    def decode_latents(self, latents: torch.Tensor, output_type: OutputType = "np") -> Any:
         """Pixels of a whole video's normalised latents `(batch, channels, latent_frames, height, width)`."""
-        latents = denormalize_latents(self.vae, latents.to(self._execution_device, self.vae.dtype))
-        video = self.vae.decode(latents, return_dict=False)[0]
-        return self.video_processor.postprocess_video(video, output_type=output_type)
-
-    def frame_grid(self, config: RolloutConfig, given_frames: int = 0) -> FrameGrid:
-        """The video's chunks."""
-        total = config.num_frames and latent_frames_of(config.num_frames, self.vae_scale_factor_temporal)
-        return FrameGrid(config.chunk_frames, config.first_chunk_frames or config.chunk_frames, given_frames, total)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the latents of a video of `height` x `width` pixels."""
-        return height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial
-
-    def tokens_per_frame(self, config: RolloutConfig) -> int:
-        """Tokens of one latent frame after patching."""
-        height, width = self.latent_size(config.height, config.width)
-        _, patch_height, patch_width = self.transformer.config.patch_size
-        return (height // patch_height) * (width // patch_width)
-
-    def chunk_schedulers(
-        self, config: RolloutConfig, scheduler_config: dict[str, Any] | None = None
-    ) -> tuple[SelfForcingScheduler, SelfForcingScheduler]:
-        """The schedulers of one rollout's first and later chunks; the pipeline's own is never changed.
-
-        Args:
-            scheduler_config (`dict`, *optional*): Of a scheduler to use in the place of the pipeline's.
-        """
-        later = SelfForcingScheduler.from_config(scheduler_config or self.scheduler.config)
-        later.set_timesteps(config.num_inference_steps, denoising_steps=config.denoising_steps)
-        if config.first_chunk_steps is None:
-            return later, later
-        first = SelfForcingScheduler.from_config(later.config)
-        first.set_timesteps(denoising_steps=config.first_chunk_steps)
-        return first, later
-
-    def new_kv_cache(self, config: RolloutConfig, total_frames: int | None) -> WanKVCache:
-        """An empty cache for one video (one branch of guidance)."""
-        per_frame = self.tokens_per_frame(config)
-        windowed = config.window_frames is not None
-        return WanKVCache(
-            num_blocks=len(self.transformer.blocks),
-            window_size=config.window_frames * per_frame if config.window_frames is not None else -1,
-            sink_size=config.sink_frames * per_frame,
-            max_tokens=total_frames * per_frame if total_frames is not None and not windowed else None,
-            position_mode=config.position_mode,
-            sink_update=MovingAverageSink(config.sink_decay) if config.sink_update == "moving_average" else None,
-            kv_dtype=config.kv_dtype,
-        )
+        return pixels_as(output_type, self.wan_components().decode_latents(latents))
 
     # diffusers' conventions.
 

@@ -22,17 +22,18 @@ def prompt_count(prompt: Prompt) -> int:
     return 1 if isinstance(prompt, str) else len(prompt)
 
 
-def check_prompt(prompt: object, name: str = "prompt") -> None:
-    """Raises `ValueError` for anything that is neither non-empty text nor embeddings."""
+def check_prompt(prompt: object, text_dim: int) -> None:
+    """Raises `ValueError` for anything that is neither non-empty text nor embeddings of `text_dim` channels."""
     if isinstance(prompt, torch.Tensor):
-        if prompt.ndim != 3:
+        if prompt.ndim != 3 or prompt.shape[2] != text_dim or not prompt.is_floating_point():
             raise ValueError(
-                f"{name} embeddings have shape {tuple(prompt.shape)}; they must be (batch, text_tokens, text_dim)"
+                f"prompt embeddings are {prompt.dtype} of shape {tuple(prompt.shape)}; they must be floating point of "
+                f"shape (batch, text_tokens, {text_dim}), as this transformer takes them"
             )
         return
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} is {prompt!r}; it must be a text, a list of texts, or embeddings")
+        raise ValueError(f"prompt is {prompt!r}; it must be a text, a list of texts, or embeddings")
 
 
 def expand_to_batch(embeds: torch.Tensor, batch_size: int, name: str = "prompt") -> torch.Tensor:

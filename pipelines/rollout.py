@@ -1,129 +1,123 @@
 """One video in the making: everything that lives as long as it does, and the steps that lengthen it."""
 
+import copy
 import dataclasses
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import get_module_execution_device
 
 from wan_autoregressive.cache import WanKVCache
-from wan_autoregressive.cache.fixed_memory import FixedMemory
+from wan_autoregressive.configs.registry import SAMPLERS
+from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.models.codec import ChunkDecoder
 from wan_autoregressive.models.conditions import ConditionMemory
-from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents
+from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
+from wan_autoregressive.pipelines.components import Schedulers, WanComponents
 from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside, chunks_decoded_alongside
+from wan_autoregressive.pipelines.denoiser import Denoiser
 from wan_autoregressive.pipelines.finite_check import check_finite
-from wan_autoregressive.pipelines.frame_grid import FrameBlock, pixel_frames_of
+from wan_autoregressive.pipelines.frame_grid import Chunk
+from wan_autoregressive.pipelines.input_checks import check_extensions
 from wan_autoregressive.pipelines.latent_history import LatentHistory
+from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
-from wan_autoregressive.pipelines.prompt_switch import advance_blend, switch_prompt
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
-from wan_autoregressive.pipelines.rollout_state import fork_rollout, save_rollout
+from wan_autoregressive.pipelines.rollout_state import read_rollout_state, write_rollout_state
+from wan_autoregressive.pipelines.samplers import Sampler, SamplingContext
 from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
+from wan_autoregressive.pipelines.switching import SWITCH_SETTINGS, Past, PromptSwitching
 from wan_autoregressive.pipelines.timings import StageTimings
-from wan_autoregressive.schedulers import SelfForcingScheduler
-from wan_autoregressive.schedulers.self_forcing_scheduler import Generators, draw_noise
-
-if TYPE_CHECKING:
-    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive.pipelines.video_frames import pixels_as
+from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
 
 logger = logging.get_logger(__name__)
 
 TRAINED_FRAMES = 21
 
-StepCallback = Callable[["WanRollout", FrameBlock, int, float, torch.Tensor], torch.Tensor]
-
-
-@dataclasses.dataclass
-class ChunkDraft:
-    """A chunk on its way: what the caller has set for it, then its latents, which pixels are still to be made of."""
-
-    timings: StageTimings
-    next_prompt: PromptState | None
-    block: FrameBlock = dataclasses.field(init=False)
-    latents: torch.Tensor = dataclasses.field(init=False)
-    prompt_text: list[str] | None = dataclasses.field(init=False)
-    steps_finite: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    """For each denoising step whether its latents are finite, as the device says once it gets there."""
+StepCallback = Callable[["WanRollout", Chunk, int, float, torch.Tensor], torch.Tensor]
 
 
 class WanRollout:
     """A video that grows by one chunk per `step()`. Made by [`WanAutoregressivePipeline.rollout`].
 
-    It owns the KV caches, the state of the VAE decoder, the generators, the prompt and the last clean latents; the
-    pipeline's components are only used. Rollouts on one pipeline therefore never disturb each other, however they are
-    interleaved.
+    It owns the parts of one video: the denoiser with the KV caches, the sampler, prompts to come, noise, the last
+    clean latents and the state of the VAE decoder; the models are only used. Rollouts on the same models therefore
+    never disturb each other, however they are interleaved.
 
-    The pass that writes a chunk's clean keys and values runs at the start of the next step: a chunk is handed out
-    without waiting for it, and the last chunk never pays for it.
+    Args:
+        given_latents: `(batch, channels, frames, height, width)` that come first in the video.
+        latents: Initial noise of the chunks to generate, instead of drawing it.
+        schedulers: Of the first generated chunk and of later ones, instead of those that component and settings give.
+        seconds_before: What was spent on this video before, by stage.
     """
-
-    chunks_done: int
-    frames_done: int
-    """Latent frames that the video has."""
-    steps_done: int
-    """Denoising steps over all chunks."""
-    interrupted: bool
-    blend: dict[str, Any] | None
-    """A prompt change under way: `old` and `new` prompt and `chunks_done`."""
-    _position_shift: int
-    _newest_block_frames: int
-    _clean_pass_due: bool
-    _failed: bool
 
     def __init__(
         self,
-        pipe: "WanAutoregressivePipeline",
+        components: WanComponents,
         config: RolloutConfig,
-        schedulers: tuple[SelfForcingScheduler, SelfForcingScheduler],
         prompt: PromptState,
         negative_prompt_embeds: torch.Tensor | None = None,
         prompt_schedule: dict[int, PromptState] | None = None,
         generator: Generators = None,
         latents: torch.Tensor | None = None,
-        video_latents: torch.Tensor | None = None,
+        given_latents: torch.Tensor | None = None,
         source: SourceVideo | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         on_step_end: StepCallback | None = None,
         seconds_before: dict[str, float] | None = None,
+        schedulers: Schedulers | None = None,
     ) -> None:
-        self.pipe = pipe
+        self.components = components
         self.config = config
-        self.prompt = prompt
-        self.negative_prompt_embeds = negative_prompt_embeds
-        self.generator = generator
-        self._prompt_schedule = dict(sorted((prompt_schedule or {}).items()))
-        self._next_prompt: PromptState | None = None
-        self._initial_noise = latents
-        self.given_latents = video_latents
+        self.given_latents = given_latents
         self.source = source
-        self._attention_kwargs = attention_kwargs or {}
-        self._on_step_end = on_step_end
-        self._seconds_before = dict(seconds_before or {})
+        self.batch_size = prompt.embeds.shape[0]
+        self.device = components.device
+        self.grid = components.frame_grid(config, 0 if given_latents is None else given_latents.shape[2])
+        self.schedulers = schedulers or components.schedulers(config)
         self.on_progress: Callable[[], Any] | None = None
         """Called after every denoising step."""
-
-        self.batch_size = prompt.embeds.shape[0]
-        self.device = pipe._execution_device
-        self.grid = pipe.frame_grid(config, 0 if video_latents is None else video_latents.shape[2])
-        self.latent_height, self.latent_width = pipe.latent_size(config.height, config.width)
-        self.first_scheduler, self.scheduler = schedulers
-        self.tokens_per_frame = pipe.tokens_per_frame(config)
-
-        self.cache = self._new_cache()
-        self.negative_cache = self._new_cache() if config.do_classifier_free_guidance else None
-        self.conditions = ConditionMemory(num_prompts=len(self.branches()))
-        self._inputs = FixedMemory()
-        self.history = LatentHistory(config.window_frames)
-        self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
+        self._on_step_end = on_step_end
+        self._seconds_before = dict(seconds_before or {})
         self._lock = threading.Lock()
-        self._restart()
+        self._seconds_lock = threading.Lock()
+
+        geometry = components.geometry
+        size = geometry.latent_size(config.height, config.width)
+        shape = (self.batch_size, geometry.latent_channels, *size)
+        self.denoiser = Denoiser(
+            components, config, self.grid.total_frames, prompt, negative_prompt_embeds, attention_kwargs
+        )
+        self.history = LatentHistory(config.window_frames)
+        self.noise = NoiseSource(shape, self.device, generator, latents)
+        self.switching = PromptSwitching(config, prompt_schedule or {})
+        self._context = SamplingContext(
+            config=config,
+            grid=self.grid,
+            denoiser=self.denoiser,
+            schedulers=self.schedulers,
+            noise=self.noise,
+            history=self.history,
+            observer=self,
+            given_latents=given_latents,
+            source=source,
+        )
+        self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)
+        self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
+        self.chunks_done = 0
+        self.frames_done = 0
+        """Latent frames that the video has."""
+        self.steps_done = 0
+        """Denoising steps over all chunks."""
+        self.interrupted = False
+        self._failed = False
+        self._steps_finite: list[torch.Tensor] = []
 
     # What a caller does with it.
 
@@ -134,13 +128,13 @@ class WanRollout:
             prompt (`str`, `list[str]` or `torch.Tensor`, *optional*): A new prompt (or embeddings) from this chunk on.
 
         Raises:
-            RuntimeError: the video is complete, a step failed before, another thread is in a step, or an iterator
+            RuntimeError: the video is complete, a step failed before, another thread uses the rollout, or an iterator
                 that decodes alongside is open.
         """
         with self.stepping(prompt):
-            draft = self.begin_chunk()
-            self.make_latents(draft)
-            return self.decode_chunk(draft)
+            in_flight = self.begin_chunk()
+            self.make_latents(in_flight)
+            return self.decode_chunk(in_flight)
 
     def __iter__(self) -> Iterator[WanVideoChunk]:
         return self.chunks()
@@ -168,7 +162,7 @@ class WanRollout:
         """
         stop = stop or (lambda: False)
         if decode_alongside and self.vae_decoder is not None:
-            check_decode_alongside(self.pipe)
+            check_decode_alongside(self.components)
             return chunks_decoded_alongside(self, stop)
         return self._chunks_one_by_one(stop)
 
@@ -183,16 +177,36 @@ class WanRollout:
                 return
 
     def set_prompt(self, prompt: Prompt) -> None:
-        """Use another prompt (or embeddings) from the next chunk on that is not begun yet."""
+        """Use another prompt (or embeddings) from the next chunk on that is not begun yet. Safe from any thread."""
         started = time.perf_counter()
-        self._next_prompt = self.pipe.encode_for_rollout(prompt, self.batch_size, self.config.max_sequence_length)
-        self._seconds_before["text"] = self._seconds_before.get("text", 0.0) + time.perf_counter() - started
+        self.switching.set_next(
+            self.components.encode_prompt(prompt, self.batch_size, self.config.max_sequence_length)
+        )
+        with self._seconds_lock:
+            spent = self._seconds_before.get("text", 0.0) + time.perf_counter() - started
+            self._seconds_before["text"] = spent
+
+    def change(self, **settings: Any) -> None:
+        """Use other settings from the next chunk on, see `configs.rollout_config.CHANGEABLE`.
+
+        Raises:
+            ValueError: a setting that a video cannot change, or a value that cannot work.
+            RuntimeError: during a step.
+        """
+        with self.held("change"):
+            config = self.config.changed(**settings)
+            check_extensions(config)
+            self.schedulers = self.components.schedulers(config, dict(self.schedulers[1].config))
+            self._context.schedulers, self._context.config, self.config = self.schedulers, config, config
+            self.denoiser.guidance_scale = config.guidance_scale
+            if not settings.keys().isdisjoint(SWITCH_SETTINGS):
+                self.switching.use_policy_of(config)
 
     def replace_embeds(self, embeds: torch.Tensor, negative_embeds: torch.Tensor | None) -> None:
         """Use other embeddings of the same prompt from the next forward on, without touching the cache."""
         if embeds is not self.prompt.embeds:
-            self.prompt = PromptState(embeds, self.prompt.text)
-        self.negative_prompt_embeds = negative_embeds
+            self.denoiser.set_prompt(PromptState(embeds, self.prompt.text))
+        self.denoiser.negative_prompt_embeds = negative_embeds
 
     def reset(self) -> None:
         """Forget the video and start a new one with the current prompt; generators go on where they are.
@@ -202,29 +216,64 @@ class WanRollout:
         """
         if self.source is not None:
             raise RuntimeError("this rollout reads a source video and cannot start again; make a new rollout")
-        with self.held_still("reset"):
-            self.cache.reset()
-            if self.negative_cache is not None:
-                self.negative_cache.reset()
+        with self.held("reset"):
+            self.denoiser.reset()
             self.history.clear()
-            self.conditions.forget()
+            self.sampler.reset()
+            self.switching.reset()
             if self.vae_decoder is not None:
                 self.vae_decoder.reset()
-            self._prompt_schedule.clear()
-            self._restart()
+            self.chunks_done = self.frames_done = self.steps_done = 0
+            self.interrupted = self._failed = False
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def interrupt(self) -> None:
+        """Stop after the current denoising step. The chunk in the making is handed out as it is then."""
+        self.interrupted = True
+
+    def save(self, folder: str | os.PathLike[str], notes: dict[str, Any] | None = None) -> None:
         """Save everything the video needs to go on, so that [`WanAutoregressivePipeline.resume`] gives the same bits.
 
         Holds no weights: a state fits only the models it was made with. What was in `folder` before is replaced in one
         step once the new state is whole. `on_step_end` and `on_progress` are not saved.
+
+        Args:
+            notes (`dict`, *optional*): JSON values of the caller's, kept with the state as one unit.
 
         Raises:
             RuntimeError: during a step, or after one that failed.
             ValueError: `attention_kwargs` holds something that cannot be saved.
             OSError: it could not be written; an older state in `folder` is still whole.
         """
-        save_rollout(self, folder)
+        with self._between_steps("save"):
+            write_rollout_state(folder, self.components, self.vae_decoder is not None, self.state_dict(), notes)
+
+    @classmethod
+    def load(
+        cls,
+        components: WanComponents,
+        folder: str | os.PathLike[str],
+        generator_device: torch.device | str | None = None,
+        on_step_end: StepCallback | None = None,
+    ) -> "WanRollout":
+        """Go on with a video that `save` wrote; see [`WanAutoregressivePipeline.resume`]."""
+        config, state = read_rollout_state(folder, components)
+        try:
+            rollout = cls(
+                components,
+                config,
+                prompt=state["denoiser"]["prompt"],
+                negative_prompt_embeds=state["denoiser"]["negative_prompt_embeds"],
+                given_latents=state["given_latents"],
+                on_step_end=on_step_end,
+                # Its own, not the pipeline's present one: step lists and shift belong to the video.
+                schedulers=components.schedulers(config, state["scheduler"]),
+            )
+            rollout.load_state_dict(state, generator_device)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the state in '{folder}' is not a whole rollout of this version: {type(error).__name__} {error}"
+            ) from error
+        return rollout
 
     def fork(self) -> "WanRollout":
         """A copy that goes on from here on its own: both make the chunks that one alone would have made.
@@ -232,11 +281,20 @@ class WanRollout:
         Keys and values are copied, prompts and models shared; `on_step_end` is called by both. Without generators
         both draw from torch's global state. Raises `RuntimeError` during a step, or after one that failed.
         """
-        return fork_rollout(self)
+        with self._between_steps("fork"):
+            twin = copy.copy(self)
+            twin.denoiser, twin.history = self.denoiser.fork(), self.history.fork()
+            twin.noise, twin.switching = self.noise.fork(), self.switching.fork()
+            twin._context = dataclasses.replace(
+                self._context, denoiser=twin.denoiser, history=twin.history, noise=twin.noise, observer=twin
+            )
+            twin.sampler = self.sampler.fork(twin._context)
+            twin.vae_decoder = None if self.vae_decoder is None else self.vae_decoder.fork()
+            twin._seconds_before = dict(self._seconds_before)
+            twin._lock, twin._seconds_lock, twin.on_progress = threading.Lock(), threading.Lock(), None
+            return twin
 
-    def interrupt(self) -> None:
-        """Stop after the current denoising step. The chunk in the making is handed out as it is then."""
-        self.interrupted = True
+    # What a caller looks at.
 
     @property
     def done(self) -> bool:
@@ -244,34 +302,51 @@ class WanRollout:
         return self.interrupted or self.frames_done == self.grid.total_frames
 
     @property
+    def prompt(self) -> PromptState:
+        """The one that forwards see now."""
+        return self.denoiser.prompt
+
+    @property
+    def negative_prompt_embeds(self) -> torch.Tensor | None:
+        return self.denoiser.negative_prompt_embeds
+
+    @property
+    def cache(self) -> WanKVCache:
+        """The prompt's keys and values."""
+        return self.denoiser.experts[0].caches[0]
+
+    @property
+    def conditions(self) -> ConditionMemory:
+        """What the transformer has computed of prompts and timesteps; `forget()` it after a change of weights."""
+        return self.denoiser.experts[0].conditions
+
+    @property
     def num_generated_chunks(self) -> int:
         """Chunks to generate, given ones not counted. Only for a video with an end."""
-        return sum(not block.given for block in self.grid)
+        return self.grid.num_generated_chunks
 
     @property
     def num_steps(self) -> int:
         """Denoising steps over all chunks. Only for a video with an end."""
-        first, later = (
-            self.config.num_source_steps(len(scheduler.timesteps))
-            for scheduler in (self.first_scheduler, self.scheduler)
-        )
+        first, later = (self.config.num_source_steps(len(scheduler.timesteps)) for scheduler in self.schedulers)
         return first + (self.num_generated_chunks - 1) * later
 
     @property
-    def input_bytes(self) -> int:
-        """Bytes of what forwards read beside weights, keys and values: latents, time, rotary tables, slot numbers."""
-        slots = sum(cache.slots.nbytes for cache, _ in self.branches())
-        return self._inputs.nbytes + self.conditions.nbytes + slots
+    def nbytes(self) -> int:
+        """Bytes held between steps: keys and values, prompts', inputs of forwards, latents, the VAE's state."""
+        decoder = 0 if self.vae_decoder is None else self.vae_decoder.state_bytes
+        parts = self.denoiser.kv_cache_bytes, self.denoiser.text_kv_bytes, self.denoiser.input_bytes
+        return sum(parts) + self.history.nbytes + decoder
 
     # One chunk.
 
     @contextmanager
-    def held_still(self, verb: str) -> Iterator[None]:
+    def held(self, verb: str) -> Iterator[None]:
         """Keep others from changing the rollout. Raises `RuntimeError` while something else does."""
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
-                f"cannot {verb} this rollout during a step; do it between two steps (another thread may be in step(), "
-                "or an iterator that decodes alongside may still be open)"
+                f"cannot {verb} this rollout while it is in use; do it between two steps (a thread may be in step(), "
+                "save() or fork(), or an iterator that decodes alongside may still be open)"
             )
         try:
             yield
@@ -281,7 +356,7 @@ class WanRollout:
     @contextmanager
     def stepping(self, prompt: Prompt | None = None) -> Iterator[None]:
         """Hold the rollout while chunks are made; an exception leaves it failed. Raises `RuntimeError` as `step`."""
-        with self.held_still("step"):
+        with self.held("step"):
             if self._failed:
                 raise RuntimeError(
                     "a step of this rollout failed, or an iterator that ran ahead was closed, and left it "
@@ -299,235 +374,135 @@ class WanRollout:
                 raise
             self._failed = False
 
-    def begin_chunk(self) -> ChunkDraft:
+    @contextmanager
+    def _between_steps(self, verb: str) -> Iterator[None]:
+        """Hold the rollout. Raises `RuntimeError` where there is nothing whole to take."""
+        if self.source is not None:
+            raise RuntimeError(f"cannot {verb} this rollout: its source video is a stream and cannot be read twice")
+        with self.held(verb):
+            if self._failed:
+                raise RuntimeError(f"cannot {verb} this rollout: a step failed and left it half-written")
+            yield
+
+    def begin_chunk(self) -> ChunkInFlight:
         """Take over what the caller has set for the next chunk. No model runs."""
         timings = StageTimings(self.device)
-        while self._seconds_before:
-            timings.add_seconds(*self._seconds_before.popitem())
-        draft = ChunkDraft(timings, self._next_prompt)
-        self._next_prompt = None
-        return draft
+        with self._seconds_lock:
+            while self._seconds_before:
+                timings.add_seconds(*self._seconds_before.popitem())
+        return ChunkInFlight(timings, self.switching.take_next())
 
     @torch.no_grad()
-    def make_latents(self, draft: ChunkDraft) -> None:
+    def make_latents(self, in_flight: ChunkInFlight) -> None:
         """Denoise the next chunk (or write a given one). Leaves alone what `decode_chunk` uses."""
-        block, timings = self.grid.block(self.chunks_done, self.frames_done), draft.timings
-        self.conditions.notice_adapters(self.pipe.transformer)
-        source_latents = None
+        timings = self._context.timings = in_flight.timings
+        self._steps_finite = in_flight.steps_finite
+        self.denoiser.notice_adapters()
+        chunk = self.grid.chunk(self.chunks_done, self.frames_done)
         if self.source is not None:
             with timings.stage("encode"):
-                source_latents = self.source.next_latents(block.num_frames)
-            block = dataclasses.replace(block, stop=block.start + source_latents.shape[2])
+                chunk = self.sampler.prepare(chunk)
+        self._warn_of_length(chunk)
 
         # 1. Bring the past up to date: the last chunk's clean keys and values, or all of them for a new prompt
         with timings.stage("clean_pass"):
-            self._enter_block(block, draft.next_prompt)
+            past = Past(self.config, self.denoiser, self.history, self.frames_done)
+            self.switching.enter(chunk, in_flight.next_prompt, self.sampler, past)
 
         # 2. Latents of this chunk
-        if block.given:
+        if chunk.given:
             with timings.stage("encode"):
-                latents = self._write_given(block)
+                assert self.given_latents is not None
+                latents = self.given_latents[:, :, chunk.start : chunk.stop]
+                self.sampler.cache_given(chunk, latents)
         else:
             with timings.stage("denoise"):
-                latents = self._denoise(block, draft.steps_finite, source_latents)
-        self._clean_pass_due = self.config.clean_pass and not block.given
+                latents = self.sampler.next_chunk(chunk)
         self.history.append(latents)
-        self.chunks_done, self.frames_done = block.index + 1, block.stop
-        draft.block, draft.latents, draft.prompt_text = block, latents, self.prompt.text
+        self.chunks_done, self.frames_done = chunk.index + 1, chunk.stop
+        in_flight.chunk, in_flight.latents, in_flight.prompt_text = chunk, latents, self.prompt.text
 
     @torch.no_grad()
-    def decode_chunk(self, draft: ChunkDraft) -> WanVideoChunk:
+    def decode_chunk(self, in_flight: ChunkInFlight) -> WanVideoChunk:
         """Make the pixels of a chunk whose latents are made. Leaves alone what `make_latents` uses."""
-        block, frames = draft.block, None
+        chunk, frames = in_flight.chunk, None
+        pixels_finite = None
+        first_frame = self.components.geometry.pixel_frames(chunk.start)
         if self.vae_decoder is not None:
-            device = get_module_execution_device(self.pipe.vae)
-            with draft.timings.stage("decode", device):
-                frames = self._decode(draft.latents.to(device), block)
-        check_finite(draft.steps_finite, block)  # last: it waits for the device, as pixels on their way to the CPU do
+            device = self.components.codec_device
+            with in_flight.timings.stage("decode", device):
+                pixels = self.vae_decoder.decode(in_flight.latents.to(device))
+                if self.config.num_frames is not None:
+                    pixels = pixels[:, :, : self.config.num_frames - first_frame]
+                pixels_finite = pixels.isfinite().all()
+                frames = pixels_as(self.config.output_type, pixels)
+        check_finite(in_flight.steps_finite, pixels_finite, chunk)  # last: it waits for the device, as pixels do
         return WanVideoChunk(
             frames=frames,
-            latents=draft.latents,
-            index=block.index,
-            start_frame=block.start,
-            start_pixel_frame=self._pixel_frames(block.start),
-            given=block.given,
-            prompt=draft.prompt_text,
-            timings=draft.timings,
+            latents=in_flight.latents,
+            index=chunk.index,
+            start_frame=chunk.start,
+            start_pixel_frame=first_frame,
+            given=chunk.given,
+            prompt=in_flight.prompt_text,
+            timings=in_flight.timings,
         )
 
-    def _enter_block(self, block: FrameBlock, next_prompt: PromptState | None) -> None:
-        """Take over a prompt that is due and bring the caches up to date."""
-        if self.config.window_frames is None and block.start <= TRAINED_FRAMES < block.stop:
+    def step_done(self, chunk: Chunk, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+        """The sampler has made a denoising step on the latents of a chunk; returns those to go on with."""
+        if self._on_step_end is not None:
+            latents = self._on_step_end(self, chunk, self.steps_done, timestep, latents)
+        self.steps_done += 1
+        self._steps_finite.append(latents.isfinite().all())
+        if self.on_progress is not None:
+            self.on_progress()
+        return latents
+
+    def _warn_of_length(self, chunk: Chunk) -> None:
+        if self.config.window_frames is None and chunk.start <= TRAINED_FRAMES < chunk.stop:
             logger.warning(
                 f"the video passes {TRAINED_FRAMES} latent frames, the length that Self-Forcing models are trained "
                 "on, with all of it in view; set window_frames (and sink_frames) for longer videos"
             )
-        scheduled = None
-        for frame in [frame for frame in self._prompt_schedule if frame <= block.start]:
-            scheduled = self._prompt_schedule.pop(frame)
-        next_prompt = next_prompt or scheduled
-
-        if self._clean_pass_due:
-            recached = next_prompt is not None and self.config.switch_policy == "recache"
-            self._clean_pass(skip_prompt_branch=recached)
-        for cache, _ in self.branches():
-            cache.jump_frames = 0
-        if next_prompt is not None:
-            switch_prompt(self, next_prompt)
-        advance_blend(self)
-
-    def _clean_pass(self, skip_prompt_branch: bool) -> None:
-        """Overwrite the newest chunk's keys and values with those of its clean latents."""
-        block_frames = self._newest_block_frames
-        latents = self.history.last(block_frames)
-        start = self.frames_done - block_frames
-        if not skip_prompt_branch:
-            self.cache.enable_overwrite_mode()
-            self.write_past(latents, self.config.context_noise, start, self.cache, self.prompt.embeds)
-        if self.negative_cache is not None:
-            self.negative_cache.enable_overwrite_mode()
-            self.write_past(latents, self.config.context_noise, start, *self.branches()[1])
-        self._clean_pass_due = False
-
-    def _write_given(self, block: FrameBlock) -> torch.Tensor:
-        """Write given latents to the caches at t = 0 and return them."""
-        assert self.given_latents is not None
-        latents = self.given_latents[:, :, block.start : block.stop]
-        for cache, embeds in self.branches():
-            cache.enable_append_mode()
-            self.write_past(latents, 0.0, block.start, cache, embeds)
-        self._newest_block_frames = block.num_frames
-        return latents
-
-    def _denoise(
-        self, block: FrameBlock, steps_finite: list[torch.Tensor], source_latents: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The few-step denoise of a chunk: `(batch, channels, frames, height, width)` clean latents."""
-        latents = self._noise(block)
-        scheduler = self.first_scheduler if block.start == self.grid.given_frames else self.scheduler
-        timesteps = scheduler.timesteps.tolist()
-        if source_latents is not None:
-            timesteps = timesteps[len(timesteps) - self.config.num_source_steps(len(timesteps)) :]
-            latents = scheduler.add_noise(source_latents, latents, timesteps[0])
-        for i, timestep in enumerate(timesteps):
-            flow = self._guided_flow(latents, timestep, block.start, first_step=i == 0)
-            latents = scheduler.step(flow, timestep, latents, generator=self.generator).prev_sample
-            if self._on_step_end is not None:
-                latents = self._on_step_end(self, block, self.steps_done, timestep, latents)
-            self.steps_done += 1
-            steps_finite.append(latents.isfinite().all())
-            if self.on_progress is not None:
-                self.on_progress()
-            if self.interrupted:
-                break
-        self._newest_block_frames = block.num_frames
-        return latents
-
-    def _guided_flow(self, latents: torch.Tensor, timestep: float, start: int, first_step: bool) -> torch.Tensor:
-        flows = []
-        for cache, embeds in self.branches():
-            if first_step:
-                cache.enable_append_mode()
-            else:
-                cache.enable_overwrite_mode()
-            flows.append(self.flow(latents, timestep, start, cache, embeds))
-        if len(flows) == 1:
-            return flows[0]
-        flow, negative_flow = flows
-        return negative_flow + self.config.guidance_scale * (flow - negative_flow)
-
-    def jump(self, num_frames: int) -> None:
-        """Move the next chunk away from the past in time: for good, or with relative positions while it is newest."""
-        if self.config.position_mode != "relative":
-            self._position_shift += num_frames
-        for cache, _ in self.branches():
-            cache.jump_frames = num_frames
-
-    def flow(
-        self, latents: torch.Tensor, timestep: float, start: int, cache: WanKVCache, embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """One forward through a cache: the flow of `latents`, whose first frame is latent frame `start`."""
-        flow = self._forward(latents, timestep, start, cache, embeds)
-        assert flow is not None
-        return flow
-
-    def write_past(
-        self, latents: torch.Tensor, timestep: float, start: int, cache: WanKVCache, embeds: torch.Tensor
-    ) -> None:
-        """The part of a forward that leaves keys and values in a cache: no last attention, feed-forward and head."""
-        self._forward(latents, timestep, start, cache, embeds, keys_values_only=True)
-
-    def _forward(
-        self,
-        latents: torch.Tensor,
-        timestep: float,
-        start: int,
-        cache: WanKVCache,
-        embeds: torch.Tensor,
-        keys_values_only: bool = False,
-    ) -> torch.Tensor | None:
-        transformer = self.pipe.transformer
-        latents = self._inputs.hold(("latents", latents.shape[2]), latents, transformer.dtype)
-        timesteps = self._inputs.empty("timesteps", (self.batch_size, 1), torch.float32, latents.device)
-        timesteps.fill_(timestep)
-        frame_offset = start + self._position_shift
-        plan = transformer.plan_forward(
-            latents, cache, frame_offset, keys_values_only, self.conditions, timestep, embeds
-        )
-        flow = transformer(
-            hidden_states=latents,
-            timestep=timesteps,
-            encoder_hidden_states=embeds,
-            frame_offset=frame_offset,
-            attention_kwargs={**self._attention_kwargs, "kv_cache": cache, "plan": plan},
-            return_dict=False,
-        )[0]
-        cache.end_forward()
-        return flow
-
-    def branches(self) -> list[tuple[WanKVCache, torch.Tensor]]:
-        """The cache and the embeddings of the prompt and, with guidance, of the negative prompt."""
-        branches = [(self.cache, self.prompt.embeds)]
-        if self.negative_cache is not None and self.negative_prompt_embeds is not None:
-            branches.append((self.negative_cache, self.negative_prompt_embeds))
-        return branches
-
-    def _noise(self, block: FrameBlock) -> torch.Tensor:
-        if self._initial_noise is not None:
-            start = block.start - self.grid.given_frames
-            return self._initial_noise[:, :, start : start + block.num_frames]
-        channels = self.pipe.transformer.config.in_channels
-        shape = (self.batch_size, channels, block.num_frames, self.latent_height, self.latent_width)
-        return draw_noise(shape, self.generator, self.device, torch.float32)
-
-    def _decode(self, latents: torch.Tensor, block: FrameBlock) -> Any:
-        assert self.vae_decoder is not None
-        vae = self.pipe.vae
-        video = self.vae_decoder.decode(denormalize_latents(vae, latents.to(vae.dtype)))
-        if self.config.num_frames is not None:
-            video = video[:, :, : self.config.num_frames - self._pixel_frames(block.start)]
-        return self.pipe.video_processor.postprocess_video(video, output_type=self.config.output_type)
-
-    def _pixel_frames(self, latent_frames: int) -> int:
-        return pixel_frames_of(latent_frames, self.pipe.vae_scale_factor_temporal) if latent_frames else 0
 
     # State.
 
-    def _restart(self) -> None:
-        self.chunks_done = 0
-        self.frames_done = 0
-        self.steps_done = 0
-        self.interrupted = False
-        self.blend = None
-        self._position_shift = 0
-        self._newest_block_frames = 0
-        self._clean_pass_due = False
-        self._failed = False
+    def state_dict(self) -> dict[str, Any]:
+        """All that is saved: settings, counters and the state of every part, as plain values and tensors."""
+        scheduler = self.schedulers[1].config
+        return {
+            "config": dataclasses.asdict(self.config),
+            "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "seconds_before": dict(self._seconds_before),
+            "given_latents": self.given_latents,
+            "denoiser": self.denoiser.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "switching": self.switching.state_dict(),
+            "noise": self.noise.state_dict(),
+            "history": self.history.state_dict(),
+            "vae_decoder": None if self.vae_decoder is None else self.vae_decoder.state_dict(),
+        }
 
-    def _new_vae_decoder(self) -> StreamingVaeDecoder:
+    def load_state_dict(self, state: dict[str, Any], generator_device: torch.device | str | None = None) -> None:
+        """Take over what `state_dict` of a rollout with the same settings and models gave."""
+        counters, self._seconds_before = state["counters"], dict(state["seconds_before"])
+        self.chunks_done, self.frames_done = counters["chunks_done"], counters["frames_done"]
+        self.steps_done, self.interrupted = counters["steps_done"], counters["interrupted"]
+        self.denoiser.load_state_dict(state["denoiser"], self.device)
+        self.sampler.load_state_dict(state["sampler"])
+        self.switching.load_state_dict(state["switching"])
+        self.noise.load_state_dict(state["noise"], generator_device)
+        self.history.load_state_dict(state["history"])
+        if self.vae_decoder is not None:
+            self.vae_decoder.load_state_dict(state["vae_decoder"])
+
+    def _new_vae_decoder(self) -> ChunkDecoder:
+        codec = self.components.codec
+        assert codec is not None
         # On a CPU the state is where it would be parked.
-        parked = self.config.park_vae_state and get_module_execution_device(self.pipe.vae).type != "cpu"
-        return StreamingVaeDecoder(self.pipe.vae, parking_device="cpu" if parked else None)
+        parked = self.config.park_vae_state and self.components.codec_device.type != "cpu"
+        return codec.decoder(parking_device="cpu" if parked else None)
 
-    def _new_cache(self) -> WanKVCache:
-        return self.pipe.new_kv_cache(self.config, self.grid.total_frames)
+
+_COUNTERS = ("chunks_done", "frames_done", "steps_done", "interrupted")

@@ -2,17 +2,13 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from wan_autoregressive.models.streaming_vae import StreamingVaeEncoder, normalize_latents
+from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.prompts import expand_to_batch
-from wan_autoregressive.pipelines.video_frames import as_unit_floats
-
-if TYPE_CHECKING:
-    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
 
 
 class SourceEndedError(RuntimeError):
@@ -29,13 +25,14 @@ class SourceVideo:
     """
 
     def __init__(
-        self, pipe: "WanAutoregressivePipeline", frames: Iterable[Any], height: int, width: int, batch_size: int
+        self, components: WanComponents, frames: Iterable[Any], height: int, width: int, batch_size: int
     ) -> None:
-        self._pipe = pipe
+        assert components.codec is not None
+        self._components = components
         self._frames: Iterator[Any] = iter(frames)
         self._size = {"height": height, "width": width}
         self._batch_size = batch_size
-        self._encoder = StreamingVaeEncoder(pipe.vae)
+        self._encoder = components.codec.encoder()
 
     def next_latents(self, num_frames: int) -> torch.Tensor:
         """The next latents, normalised, `(batch, channels, up to num_frames, height, width)`; fewer at the end.
@@ -43,7 +40,7 @@ class SourceVideo:
         Raises:
             SourceEndedError: not even one latent frame is left.
         """
-        factor = self._pipe.vae_scale_factor_temporal
+        factor = self._components.geometry.scale_factor_temporal
         first = self._encoder.latent_frames_done == 0
         wanted = num_frames * factor - (factor - 1 if first else 0)
         pixels = list(itertools.islice(self._frames, wanted))
@@ -53,7 +50,6 @@ class SourceVideo:
         clip: Any = pixels[:usable]
         if isinstance(clip[0], np.ndarray | torch.Tensor):
             clip = np.stack([np.asarray(frame) for frame in clip])
-        video = self._pipe.video_processor.preprocess_video(as_unit_floats(clip), **self._size)
-        video = video.to(self._pipe._execution_device, self._pipe.vae.dtype)
-        latents = normalize_latents(self._pipe.vae, self._encoder.encode(video).mode()).float()
+        video = self._components.preprocess_pixels(clip, **self._size)
+        latents = self._encoder.encode(video).to(self._components.device)
         return expand_to_batch(latents, self._batch_size, "video")

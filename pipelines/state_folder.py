@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _INDEX = "state.json"
 _TENSORS = re.compile(r"state-[0-9a-f]{16}\.safetensors|\.state-\d+\.(json|safetensors)\.part")
 

@@ -1,15 +1,12 @@
 """diffusers' `callback_on_step_end` for a video that is denoised chunk by chunk."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from wan_autoregressive.pipelines.frame_grid import FrameBlock
-
-if TYPE_CHECKING:
-    from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
-    from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.pipelines.frame_grid import Chunk
+from wan_autoregressive.pipelines.rollout import WanRollout
 
 StepEndFunction = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 
@@ -20,7 +17,7 @@ class VideoStepCallback:
     Frames that are still to come are zero. The step index runs over all chunks.
     """
 
-    def __init__(self, pipe: "WanAutoregressivePipeline", function: StepEndFunction, tensor_inputs: list[str]) -> None:
+    def __init__(self, pipe: Any, function: StepEndFunction, tensor_inputs: list[str]) -> None:
         self._pipe = pipe
         self._function = function
         self._tensor_inputs = tensor_inputs
@@ -28,11 +25,11 @@ class VideoStepCallback:
         """`(batch, channels, latent_frames, height, width)` of the whole video, once a step has ended."""
 
     def __call__(
-        self, rollout: "WanRollout", block: FrameBlock, step: int, timestep: float, chunk_latents: torch.Tensor
+        self, rollout: WanRollout, chunk: Chunk, step: int, timestep: float, chunk_latents: torch.Tensor
     ) -> torch.Tensor:
         if self.latents is None:
             self.latents = self._video_buffer(rollout, chunk_latents)
-        self.latents[:, :, block.start : block.stop] = chunk_latents
+        self.latents[:, :, chunk.start : chunk.stop] = chunk_latents
         available = {
             "latents": self.latents,
             "prompt_embeds": rollout.prompt.embeds,
@@ -50,10 +47,10 @@ class VideoStepCallback:
         )
         if self._pipe.interrupt:
             rollout.interrupt()
-        return self.latents[:, :, block.start : block.stop].clone()
+        return self.latents[:, :, chunk.start : chunk.stop].clone()
 
     @staticmethod
-    def _video_buffer(rollout: "WanRollout", chunk_latents: torch.Tensor) -> torch.Tensor:
+    def _video_buffer(rollout: WanRollout, chunk_latents: torch.Tensor) -> torch.Tensor:
         batch, channels, _, height, width = chunk_latents.shape
         assert rollout.grid.total_frames is not None, "a callback sees the whole video, so it must have an end"
         latents = chunk_latents.new_zeros(batch, channels, rollout.grid.total_frames, height, width)

@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.video_processor import VideoProcessor
+
+_PROCESSOR = VideoProcessor()
 
 
 def as_unit_floats(video: Any) -> Any:
@@ -28,6 +31,19 @@ def count_video_frames(video: Any) -> int:
     if isinstance(first, Sequence) or getattr(first, "ndim", 0) == 4:
         return len(first)
     return len(video)
+
+
+def pixels_as(output_type: str, pixels: torch.Tensor) -> Any:
+    """Pixels `(batch, 3, frames, height, width)` in [-1, 1] in the form that `output_type` names.
+
+    Returns:
+        `np` and `uint8`: arrays `(batch, frames, height, width, 3)`, floats in [0, 1] or whole numbers 0 to 255 made
+        on the device. `pt`: `(batch, frames, 3, height, width)`. `pil`: lists of images.
+    """
+    if output_type != "uint8":
+        return _PROCESSOR.postprocess_video(pixels, output_type=output_type)
+    unit = (pixels * 0.5 + 0.5).clamp(0, 1).float()
+    return (unit * 255).round_().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
 
 
 def join_frames(parts: list[Any]) -> Any:

@@ -103,11 +103,20 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         else:
             timesteps = torch.tensor(steps, dtype=torch.float32)
             indices = (self._table_timesteps[:, None] - timesteps).abs().argmin(dim=0)
+        self.steps = steps
+        """As they were asked for, before warping."""
         self.timesteps = timesteps.to(device)  # (steps,) float32
-        self.sigmas = torch.cat([self._table_sigmas[indices], torch.zeros(1)])  # (steps + 1,) float32
+        self.sigmas = torch.cat(
+            [self._table_sigmas[indices], torch.zeros(1, dtype=torch.float32)]
+        )  # (steps + 1,) float32
         self.num_inference_steps = len(steps)
         self._timestep_floats: list[float] = timesteps.tolist()
         self._sigma_floats: list[float] = self.sigmas.tolist()
+
+    @property
+    def evenly_spaced(self) -> bool:
+        """Whether the steps are those of a count of steps, warped."""
+        return bool(self.config.warp) and self.steps == self._evenly_spaced(len(self.steps))
 
     def step(
         self,

@@ -1,35 +1,32 @@
 """The `wan-ar` command: finds the subcommand, runs it, and turns every failure into one line and an exit code.
 
-Exit codes: 0 done; 2 the input was wrong and nothing was written; 1 something failed on the way; 130 Ctrl-C.
+Exit codes: 0 done; 2 the input was wrong and nothing was written; 1 something failed on the way; 130 Ctrl-C, 143
+SIGTERM, 129 SIGHUP.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from wan_autoregressive._version import __version__
+from wan_autoregressive.scripts.errors import describe_error, exit_code, print_error
+from wan_autoregressive.scripts.interrupts import handle_stops, raise_stopped
 
-# Subcommand -> module with `add_parser(subparsers)` and `run(args) -> int`, and its line in the help. Only the module
-# of the subcommand that is asked for is imported, since most of them import torch.
+# Subcommand -> its module and its line in the help. The module has `add_parser(subparsers)` and `run(args) -> int`,
+# or else `main(words) -> int`. Only that of the subcommand that is asked for is imported: most of them import torch.
 COMMANDS = {
     "generate": ("wan_autoregressive.scripts.generate", "render a video from a prompt"),
     "convert": ("wan_autoregressive.scripts.convert", "make a checkpoint folder from published weights"),
-    "benchmark": ("wan_autoregressive.scripts.benchmark.command", "measure speed, memory and exact costs"),
-    "evaluate": ("wan_autoregressive.scripts.demo.evaluate", "judge the demo model or a video of it in pixels"),
-    "train-demo": ("wan_autoregressive.scripts.demo.train_demo", "train the demo checkpoint from nothing"),
-    "tiny-checkpoint": ("wan_autoregressive.scripts.tiny_checkpoint", "make a small random checkpoint to try things"),
+    "estimate": ("wan_autoregressive.scripts.estimate", "compute the memory and the FLOPs of a model of any size"),
+    "benchmark": ("wan_autoregressive.scripts.benchmark", "measure the seconds of every stage with random weights"),
 }
-
-# OSErrors that say the machine gave out, rather than that a name was wrong.
-_MACHINE_ERRNOS = {errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -48,30 +45,21 @@ class OneLineParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's arguments) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     try:
-        parser = build_parser(arguments)
-        args, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            parser.error(_unknown_flag(parser, unknown[0]))
-    except Exception as error:
-        print_error(describe_error(error))
-        return 1
-    run: Callable[[argparse.Namespace], int] = args.run
-    try:
-        code = run(args)
-        sys.stdout.flush()
-        return code
+        with handle_stops(raise_stopped):
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+    except SystemExit:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        if args.debug:
+        if "--debug" in arguments:
             traceback.print_exc()
-        if isinstance(error, BrokenPipeError):
-            # Whoever read our output has left; nobody is there to be told, and flushing at exit would fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        print_error(describe_error(error))
-        return exit_code(error)
+        if not isinstance(error, BrokenPipeError):  # whoever read our output has left; nobody is there to be told
+            print_error(describe_error(error))
+        _flush_or_drop_stdout()
+        return 1 if isinstance(error, BrokenPipeError) else exit_code(error)
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -80,12 +68,12 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wan-ar {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    wanted = next((word for word in arguments if not word.startswith("-")), None)
+    wanted = _command_of(arguments)
     for name, (module_name, line) in COMMANDS.items():
-        if name != wanted:
+        module = importlib.import_module(module_name) if name == wanted else None
+        if module is None or not hasattr(module, "add_parser"):
             subparsers.add_parser(name, help=line)
             continue
-        module = importlib.import_module(module_name)
         module.add_parser(subparsers)
         command = subparsers.choices[name]
         command.set_defaults(run=module.run)
@@ -95,16 +83,25 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def exit_code(error: BaseException) -> int:
-    """Return the exit code for an error that a subcommand raised."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    # A full disk is for the caller to mend, whether Python or ffmpeg ran into it.
-    if os.strerror(errno.ENOSPC) in str(error):
-        return 2
-    if isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS:
-        return 1
-    return 2 if isinstance(error, (ValueError, OSError)) else 1
+def _run(arguments: list[str]) -> int:
+    name = _command_of(arguments)
+    parser = build_parser(arguments)
+    if name in COMMANDS:
+        module = importlib.import_module(COMMANDS[name][0])
+        if not hasattr(module, "add_parser"):
+            at = arguments.index(name)
+            parser.parse_args(arguments[: at + 1])
+            code: int = module.main(arguments[at + 1 :])
+            return code
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_unknown_flag(parser, unknown[0]))
+    code = args.run(args)
+    return code
+
+
+def _command_of(arguments: Sequence[str]) -> str | None:
+    return next((word for word in arguments if not word.startswith("-")), None)
 
 
 def _unknown_flag(parser: argparse.ArgumentParser, word: str) -> str:
@@ -118,21 +115,27 @@ def _unknown_flag(parser: argparse.ArgumentParser, word: str) -> str:
     return f"unknown argument '{word}'" + (f"; did you mean '{matches[0]}'?" if matches else "")
 
 
-def print_error(message: str) -> None:
-    """Write one line to stderr."""
-    sys.stderr.write(f"wan-ar: error: {message}\n")
+def _open_closed_streams() -> None:
+    """Give a program that was started without stdin, stdout or stderr the null device in its place.
+
+    Otherwise the next file that is opened gets the number, and a warning of some library is written into it.
+    """
+    if sys.stdin is not None and sys.stdout is not None and sys.stderr is not None:
+        return
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def describe_error(error: BaseException) -> str:
-    """Say in one line what happened, with the notes that were added on the way."""
-    words = " ".join(str(error).split())
-    if isinstance(error, KeyboardInterrupt):
-        words = "interrupted"
-    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
-        words = f"{error.filename}: {error.strerror}"
-    elif not isinstance(error, (ValueError, OSError, RuntimeError)):
-        words = f"unexpected {type(error).__name__}: {words or 'no message'} (--debug shows where)"
-    return "; ".join([words or type(error).__name__, *getattr(error, "__notes__", [])])
+def _flush_or_drop_stdout() -> None:
+    """What cannot be written now would fail again when the interpreter ends, with another exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import to_jsonable_python
+from wan_autoregressive.configs import SETTING_NAMES, GenerateConfig, resolve_config
+from wan_autoregressive.configs.messages import shown
 
-from wan_autoregressive.configs import GenerateConfig
-
-# Where a video goes and what computes it do not make it another video.
-_BESIDE_THE_POINT = {"output", "device", "prompts"}
+# Where a video goes, what computes it and in which form frames come to the encoder do not make it another video.
+_BESIDE_THE_POINT = {"output", "device", "prompts", "output_type"}
 
 
 def first_difference(
@@ -23,14 +22,14 @@ def first_difference(
         earlier: `GenerateConfig.model_dump(mode="json")` of that run.
         ignore: settings that may differ, beside where the output goes and which device computes it.
     """
-    present = config.model_dump(mode="json")
-    for name, field in GenerateConfig.model_fields.items():
+    present, defaults = config.model_dump(mode="json"), resolve_config({}).model_dump(mode="json")
+    for name in SETTING_NAMES:
         if name in _BESIDE_THE_POINT or name in ignore:
             continue
         # A run of an older version does not know newer settings: it had what is their default now.
-        was = earlier[name] if name in earlier else to_jsonable_python(field.default)
+        was = earlier.get(name, defaults[name])
         now = present[name]
-        if name in ("model", "image", "video") and was is not None and now is not None:
+        if name in ("model", "image", "video") and isinstance(was, str) and now is not None:
             was, now = str(Path(was).resolve()), str(Path(now).resolve())
         if was != now:
             return f"{name.replace('_', '-')} was {_shown(was)} and is {_shown(now)} now"
@@ -57,5 +56,4 @@ def finished_seed(output: Path, config: GenerateConfig) -> int | None:
 
 
 def _shown(value: Any) -> str:
-    text = "not given" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return "not given" if value is None else shown(value)

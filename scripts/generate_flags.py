@@ -1,114 +1,160 @@
-"""The flags of `wan-ar generate`, made from the fields of `GenerateConfig`."""
+"""The flags of `wan-ar generate`: one per setting in `SETTING_NAMES`, and those that say how a run is made."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
-from pydantic.fields import FieldInfo
+from cyclopts import App, CycloptsError, Group, Parameter
+from docstring_parser import parse_from_object
 
 from wan_autoregressive.configs import GenerateConfig, load_preset, preset_names, resolve_config
-from wan_autoregressive.configs.prompt_times import split_timed_prompts
+from wan_autoregressive.configs.generate_config import SETTING_NAMES
+from wan_autoregressive.configs.messages import one_line
+from wan_autoregressive.configs.presets import is_settings_file
+from wan_autoregressive.configs.prompt_times import read_changes, split_timed_prompts
+from wan_autoregressive.configs.read_yaml import parse_yaml
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.demo import DEMO
 
-# Flags with a shorter name than their field has in Python, and what they take where the type does not say it.
-_SHORT_FLAGS = {"denoising_steps": "--steps"}
-_METAVARS = {"denoising_steps": "N|T,T,…", "device": "NAME"}
+_EVERYDAY = ("prompt", "output", "model", "num_frames", "height", "width", "seed", "image", "video")  # and --config
+_FIRST, _RUN, _FILE, _ROLLOUT = (
+    Group(name, sort_key=number)
+    for number, name in enumerate(("Everyday", "This run", "Inputs, file and machine", "Rollout"))
+)
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--config` and a flag per field; a flag that is not given leaves no trace in the parsed arguments."""
-    parser.add_argument(
-        "--config",
-        metavar="NAME|FILE",
-        help=f"settings to start from: {', '.join(preset_names())}, or a yaml file; flags come on top",
-    )
-    for name, field in GenerateConfig.model_fields.items():
-        flags = [f"--{name.replace('_', '-')}"]
-        if name in _SHORT_FLAGS:
-            flags.insert(0, _SHORT_FLAGS[name])
-        kinds = _kinds(field.annotation)
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
-        if bool in kinds:
-            options["action"] = argparse.BooleanOptionalAction
-        elif name == "prompt":
-            options |= {"action": "append", "metavar": "TEXT|TIME: TEXT"}
-        else:
-            # The words go to pydantic as they are: one place that converts, one wording of what is wrong.
-            options["metavar"] = _METAVARS.get(name) or _metavar(kinds)
-        parser.add_argument(*flags, **options)
+@dataclass(frozen=True)
+class GenerateArguments:
+    """What the command line says."""
+
+    config: GenerateConfig
+    inputs: tuple[Path, ...]
+    """Files that it reads."""
+    model_given: bool
+    """Whether a flag or a file names the model."""
+    print_config: bool
+    dry_run: bool
+    checkpoint_every: int | None
+    """Chunks between two saved states."""
+    resume: bool
+    decode_alongside: bool
 
 
-def add_resume_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--checkpoint-every` and `--resume`, which say how a video is made and not which one."""
-    parser.add_argument(
-        "--checkpoint-every",
-        type=_count,
-        metavar="N",
-        help="save what is done every N chunks in OUTPUT.resume, so that --resume can go on after a crash or Ctrl-C",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an earlier run of the same command was cut off"
-    )
-
-
-def add_decode_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--decode-alongside`, which changes when the work is done and no pixel."""
-    parser.add_argument(
-        "--decode-alongside",
-        action="store_true",
-        help="decode a chunk while the next one is denoised; the same video, and not always a faster one on a CPU",
-    )
-
-
-def config_from_args(args: argparse.Namespace) -> GenerateConfig:
-    """Resolve defaults < yaml < flags.
+def parse_flags(words: Sequence[str]) -> GenerateArguments | None:
+    """Resolve defaults < `--config` < flags; None once the help was printed.
 
     Raises:
-        ValueError: in one line, what is unknown, missing or out of range.
+        ValueError: in one line, what is unknown or out of range.
     """
-    flags = {name: value for name, value in vars(args).items() if name in GenerateConfig.model_fields}
-    if "prompt" in flags:
-        flags["prompt"], changes = split_timed_prompts(flags["prompt"])
-        if changes:
-            flags["prompt_changes"] = changes | flags.get("prompt_changes", {})
-    settings = load_preset(args.config) if args.config is not None else {}
-    model = flags.get("model", settings.get("model", DEMO))
+    app = App(
+        name="wan-ar generate",
+        help="Render a video from a prompt. Settings come from the defaults, then --config, then the flags.",
+        help_format="plaintext",
+        version_flags=(),
+        default_parameter=Parameter(negative_iterable=(), negative_none=(), allow_repeating=True, show_default=False),
+        result_action="return_value",
+    )
+    app["--help"].group = _RUN
+    app.default(_read)
+    try:
+        arguments: GenerateArguments | None = app(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise ValueError(f"{one_line(str(error))} (see wan-ar generate --help)") from error
+    return arguments
+
+
+def _flag(name: str, annotation: Any, help_text: str, default: Any) -> Any:
+    """A setting as cyclopts takes it. Numbers, paths and texts stay words: pydantic converts them, in one wording."""
+    choices = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
+    kind: Any = str
+    if name == "prompt":
+        kind = list[str]
+    elif annotation is bool or bool in get_args(annotation):
+        kind = bool
+    elif choices:
+        kind = choices[0]
+    elif get_origin(annotation) is Mapping:
+        kind = dict[str, Any]
+    if not (default is None or isinstance(default, bool) or default == {}):
+        help_text += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+    group = _FIRST if name in _EVERYDAY else _ROLLOUT if name in RolloutConfig.__dataclass_fields__ else _FILE
+    names = ["--steps", "--denoising-steps"] if name == "denoising_steps" else None
+    return Annotated[kind, Parameter(name=names, help=one_line(help_text), group=group)]
+
+
+def _settings_type() -> Any:
+    hints = get_type_hints(RolloutConfig) | get_type_hints(GenerateConfig)
+    texts = {
+        parameter.arg_name: parameter.description or ""
+        for part in (RolloutConfig, GenerateConfig)
+        for parameter in parse_from_object(part).params
+    }
+    defaults = resolve_config({}).model_dump()
+    names = sorted(SETTING_NAMES, key=lambda name: _EVERYDAY.index(name) if name in _EVERYDAY else len(_EVERYDAY))
+    flags = {name: _flag(name, hints[name], texts[name], defaults[name]) for name in names}
+    return TypedDict("Settings", flags, total=False)  # type: ignore[operator]
+
+
+Settings: Any = _settings_type()
+_CONFIG_HELP = f"Settings to start from: {', '.join(preset_names())}, or a yaml file; flags come on top."
+
+
+def _read(
+    *,
+    settings: Annotated[Settings, Parameter(name="*")] = None,
+    config: Annotated[str | None, Parameter(group=_FIRST, help=_CONFIG_HELP)] = None,
+    dry_run: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
+    print_config: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
+    checkpoint_every: Annotated[int | None, Parameter(group=_RUN)] = None,
+    resume: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
+    decode_alongside: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
+    debug: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
+) -> GenerateArguments:
+    """Read the flags.
+
+    Args:
+        dry_run: Print the settings and what they will take, and render nothing.
+        print_config: Print the settings as a yaml file for --config, and end.
+        checkpoint_every: Save what is done every so many chunks, so that --resume can go on after a crash or a stop.
+        resume: Go on where an earlier run of the same command was cut off.
+        decode_alongside: Decode a chunk while the next one is denoised: the same video; on a CPU not always faster.
+        debug: Show the traceback of an error.
+    """
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"--checkpoint-every must be at least 1, got {checkpoint_every}")
+    if resume and checkpoint_every is None:
+        raise ValueError("--resume goes on from checkpoints; give --checkpoint-every as well")
+    file = {} if config is None else load_preset(config)
+    flags = dict(settings or {})
+    model = flags.get("model", file.get("model"))
     # The demo makes small videos only: its settings are the defaults where nothing else is said.
-    return resolve_config(load_preset(DEMO) if str(model) == DEMO else {}, settings, flags)
-
-
-def _kinds(annotation: Any) -> set[type]:
-    """The types that an annotation allows, through unions, tuples and Annotated."""
-    parts = get_args(annotation)
-    if not parts:
-        return {annotation} if isinstance(annotation, type) else set()
-    return set().union(*(_kinds(part) for part in parts))
-
-
-def _metavar(kinds: set[type]) -> str:
-    names = ((Path, "PATH"), (int, "N"), (float, "X"), (str, "TEXT"))
-    return next((name for kind, name in names if kind in kinds), "NAME")
-
-
-def _help(field: FieldInfo) -> str:
-    text = (field.description or "").replace("%", "%%")
-    if field.default is None or field.default is False or field.is_required():
-        return text
-    return (
-        f"{text} (default: {field.default:g})"
-        if isinstance(field.default, float)
-        else f"{text} (default: {field.default})"
+    base = load_preset(DEMO) if str(model or DEMO) == DEMO else {}
+    resolved = resolve_config(base, file, _as_layer(flags))
+    files: list[Any] = [config if config is not None and is_settings_file(config) else None]
+    files += [layer.get("prompt_changes") for layer in (file, flags)]
+    files += [resolved.image, resolved.video, resolved.prompts]
+    inputs = tuple(Path(name) for name in files if isinstance(name, str | Path))
+    return GenerateArguments(
+        resolved, inputs, model is not None, print_config, dry_run, checkpoint_every, resume, decode_alongside
     )
 
 
-def _count(word: str) -> int:
-    """A flag's value as a whole number of at least 1."""
-    try:
-        value = int(word)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {word[:40]!r}")
-    return value
+def _as_layer(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the flags as a yaml file would have them."""
+    layer = dict(flags)
+    for name, value in flags.items():
+        if isinstance(value, dict):
+            layer[name] = {key: _value(word, f"--{name}.{key}") for key, word in value.items()}
+    if "prompt" in flags:
+        layer["prompt"], changes = split_timed_prompts(flags["prompt"])
+        if changes:
+            layer["prompt_changes"] = changes | (read_changes(flags.get("prompt_changes")) or {})
+    return layer
+
+
+def _value(word: Any, flag: str) -> Any:
+    """What an option means that is none of our settings: as in a yaml file, `6` is a number and `true` a truth."""
+    return parse_yaml(word, flag) if isinstance(word, str) else word

@@ -1,40 +1,85 @@
-"""Ctrl-C as a wish to stop soon, and a second one as a wish to stop now."""
+"""Ctrl-C, SIGTERM and SIGHUP, all the same: a wish to stop soon where that is offered, or to stop now."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
+Handler = Callable[[int, FrameType | None], None]
 
-class SoftInterrupt:
-    """Within the block the first SIGINT only sets `requested`; any further one raises KeyboardInterrupt as usual.
+# Windows has no SIGHUP.
+_STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    Outside the main thread, and where SIGINT is ignored (as for a job in the background), nothing is changed.
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to end. `exit_code` is what shells give a program that a signal ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+def raise_stopped(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def handle_stops(handler: Handler) -> Iterator[None]:
+    """Give the signals that stop a program to `handler` within the block.
+
+    Outside of the main thread, and for a signal that is ignored (as for a job in the background or under nohup),
+    nothing is changed.
     """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _STOPS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
-    def __init__(self, message: str) -> None:
-        self.requested = False
-        self._message = message
-        self._before: Any = None
 
-    def __enter__(self) -> SoftInterrupt:
-        ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None
-        if ours and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
+@contextlib.contextmanager
+def delay_stops() -> Iterator[None]:
+    """Let a signal that comes within the block stop the program at its end."""
+    numbers: list[int] = []
+    with handle_stops(lambda number, frame: numbers.append(number)):
+        yield
+    if numbers:
+        raise Stopped(numbers[0])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+
+class SoftStop:
+    """Within `soften` the first signal only sets `requested`; any further one stops at once."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self._number is not None
+
+    def check(self) -> None:
+        """Raise `Stopped` if a stop was requested."""
+        if self._number is not None:
+            raise Stopped(self._number)
+
+    def soften(self) -> contextlib.AbstractContextManager[None]:
+        """The block in which signals are wishes."""
+        return handle_stops(self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            raise Stopped(number)
+        self._number = number
         # Not through sys.stderr, which may be in the middle of a write.
-        os.write(2, f"\nwan-ar: {self._message}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nwan-ar: stopping after this chunk; a second signal (Ctrl-C again) stops at once\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Iterator
@@ -96,8 +97,8 @@ def load_pipeline(config: GenerateConfig) -> Any:
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     overrides = {name: getattr(config, name) for name in ("shift", "warp") if getattr(config, name) is not None}
-    if config.denoising_steps is not None:
-        overrides["denoising_steps"] = config.denoising_steps
+    if config.rollout.denoising_steps is not None:
+        overrides["denoising_steps"] = config.rollout.denoising_steps
     if overrides:
         from wan_autoregressive.schedulers import SelfForcingScheduler
 
@@ -109,13 +110,12 @@ def load_pipeline(config: GenerateConfig) -> Any:
 
 def with_model_defaults(config: GenerateConfig, pipe: Any) -> GenerateConfig:
     """Fill in the sampler settings that were left to the model, so that a report says what was used."""
-    scheduler = pipe.scheduler.config
+    scheduler, rollout = pipe.scheduler.config, config.rollout
+    if rollout.num_inference_steps is None:
+        steps = tuple(float(step) for step in scheduler.denoising_steps)
+        rollout = dataclasses.replace(rollout, denoising_steps=steps)
     return config.model_copy(
-        update={
-            "denoising_steps": tuple(float(step) for step in scheduler.denoising_steps),
-            "shift": float(scheduler.shift),
-            "warp": bool(scheduler.warp),
-        }
+        update={"rollout": rollout, "shift": float(scheduler.shift), "warp": bool(scheduler.warp)}
     )
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from wan_autoregressive.scripts.interrupts import delay_stops
+from wan_autoregressive.scripts.output_files import OutputFiles
+
 
 @contextmanager
 def hold_output(output: Path) -> Iterator[None]:
@@ -17,14 +20,16 @@ def hold_output(output: Path) -> Iterator[None]:
         ValueError: another run is at it.
         OSError: the folder cannot be written to.
     """
-    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    lock = FileLock(OutputFiles(output).lock)
     try:
-        lock.acquire(timeout=0)
+        with delay_stops():  # a lock that is half taken would leave its file
+            lock.acquire(timeout=0)
+        yield
     except Timeout as error:
         raise ValueError(f"another run is writing '{output}'; wait for it, stop it, or give another output") from error
-    try:
-        yield
     finally:
-        with suppress(OSError):  # a system that cannot remove an open file keeps it
-            Path(lock.lock_file).unlink()
-        lock.release()
+        with delay_stops():
+            if lock.is_locked:
+                with suppress(OSError):  # a system that cannot remove an open file keeps it
+                    Path(lock.lock_file).unlink()
+            lock.release()

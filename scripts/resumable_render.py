@@ -7,8 +7,8 @@ crash left beyond it is rendered again.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import re
@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.scripts.earlier_runs import first_difference
-from wan_autoregressive.scripts.interrupts import SoftInterrupt
-from wan_autoregressive.scripts.run_report import RunTimes, write_chunk
+from wan_autoregressive.scripts.interrupts import SoftStop
+from wan_autoregressive.scripts.output_files import OutputFiles
+from wan_autoregressive.scripts.run_report import STAGES, RunTimes, write_chunk
 from wan_autoregressive.segments import join_segments
 from wan_autoregressive.video_writer import VideoWriteError, VideoWriter
 
@@ -32,19 +34,20 @@ _OURS = re.compile(r"state\.json|state-[0-9a-f]{16}\.safetensors|\.state-\d+\..*
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """What the flags say: save every so many chunks, and whether to go on with what an earlier run saved."""
+    """Save every so many chunks; and whether to go on with what an earlier run saved."""
 
     every_chunks: int
     resume: bool
 
 
-def checkpointing_from_args(args: argparse.Namespace) -> Checkpointing | None:
-    """What `--checkpoint-every` and `--resume` ask for. Raises `ValueError` for the second without the first."""
-    if args.checkpoint_every is not None:
-        return Checkpointing(args.checkpoint_every, args.resume)
-    if args.resume:
-        raise ValueError("--resume goes on from checkpoints; give --checkpoint-every as well")
-    return None
+@dataclass(frozen=True)
+class Segment:
+    """A part of the video that is finished."""
+
+    name: str
+    frames: int
+    bytes: int
+    sha256: str
 
 
 @dataclass
@@ -56,22 +59,31 @@ class Progress:
     given_sha256: str | None
     """Of the pixels that the video starts from."""
     seed: int
-    segments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Of each its `name`, `frames`, `bytes` and `sha256`."""
-    times: dict[str, Any] = dataclasses.field(default_factory=lambda: dataclasses.asdict(RunTimes()))
+    segments: list[Segment] = dataclasses.field(default_factory=list)
+    times: RunTimes = dataclasses.field(default_factory=RunTimes)
 
     @property
     def frames(self) -> int:
         """Pixel frames in the segments."""
-        return sum(segment["frames"] for segment in self.segments)
+        return sum(segment.frames for segment in self.segments)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Progress:
+        """As it was saved. Raises `ValueError` if there is none, or it is damaged or another program's."""
+        from wan_autoregressive.pipelines.state_folder import read_content
+
+        try:
+            progress = TypeAdapter(cls).validate_python(read_content(folder)["notes"])
+            if progress.times.stages.keys() != set(STAGES):
+                raise KeyError(f"stages {', '.join(STAGES)}")
+            return progress
+        except (ValidationError, KeyError, TypeError) as error:
+            raise ValueError(f"'{folder}' holds a state that another version or another program saved") from error
 
 
-def resume_folder(output: Path) -> Path:
-    """Where the unfinished video lies."""
-    return output.with_name(f"{output.stem}.resume")
-
-
-def find_progress(output: Path, config: GenerateConfig, given: Any, checkpointing: Checkpointing) -> Progress | None:
+def find_progress(
+    output: Path, config: GenerateConfig, given: Any, checkpointing: Checkpointing | None
+) -> Progress | None:
     """What an earlier run saved of the video `output`, checked without loading a model; None when there is nothing.
 
     Args:
@@ -82,9 +94,11 @@ def find_progress(output: Path, config: GenerateConfig, given: Any, checkpointin
         ValueError: it was made with other arguments (the first is named), is damaged, or would be lost because the
             run shall not resume.
     """
-    from wan_autoregressive.pipelines.state_folder import has_state, read_content
+    if checkpointing is None:
+        return None
+    from wan_autoregressive.pipelines.state_folder import has_state
 
-    folder = resume_folder(output)
+    folder = OutputFiles(output).resume_folder
     if not has_state(folder):
         return None
     if not checkpointing.resume:
@@ -92,10 +106,7 @@ def find_progress(output: Path, config: GenerateConfig, given: Any, checkpointin
             f"'{folder}' holds an unfinished '{output.name}'; add --resume to go on with it, or delete that folder to "
             "start anew"
         )
-    try:
-        progress = Progress(**read_content(folder)["notes"])
-    except TypeError as error:
-        raise ValueError(f"'{folder}' holds a state that another version or another program saved") from error
+    progress = Progress.of_folder(folder)
     # A seed that was drawn may be given now: it is the same.
     ignore = frozenset({"seed"}) if config.seed == progress.seed else frozenset()
     difference = first_difference(progress.arguments, config, ignore)
@@ -107,7 +118,7 @@ def find_progress(output: Path, config: GenerateConfig, given: Any, checkpointin
             f"'{folder}' to start anew"
         )
     for segment in progress.segments:
-        _check_segment(folder / segment["name"], segment)
+        _check_segment(folder / segment.name, segment)
     return progress
 
 
@@ -119,14 +130,15 @@ def pixels_sha256(pixels: Any) -> str | None:
 def render_resumable(
     pipe: Any,
     config: GenerateConfig,
+    output: Path,
     arguments: dict[str, Any],
     progress: Progress,
     every_chunks: int,
     chunks: int | None,
-    stop: SoftInterrupt,
+    stop: SoftStop,
     decode_alongside: bool = False,
 ) -> RunTimes:
-    """Render the rest of a video, saving it every `every_chunks` chunks, and join all of it to `config.output`.
+    """Render the rest of a video, saving it every `every_chunks` chunks, and join all of it to `output`.
 
     Times add up over the runs, leaving out what a crash lost. The caller calls `discard` once it needs no more of it.
 
@@ -139,28 +151,26 @@ def render_resumable(
         decode_alongside: decode a chunk while the next one is denoised, but for the last one before a checkpoint.
 
     Raises:
-        KeyboardInterrupt: a stop was requested. What is done is saved and playable, as after any failure.
+        Stopped: a stop was requested. What is done is saved and playable, as after any failure.
         ValueError: the saved state is damaged or of other weights.
         VideoWriteError, OSError: something could not be written.
     """
-    output = config.output
-    folder = resume_folder(output)
+    folder = OutputFiles(output).resume_folder
     rollout = pipe.resume(folder) if progress.segments else pipe.rollout(**arguments)
     folder.mkdir(exist_ok=True)
-    _remove_ours(folder, keep={segment["name"] for segment in progress.segments} | {"state.json"}, states=False)
+    _remove_ours(folder, keep={segment.name for segment in progress.segments} | {"state.json"}, states=False)
     with (
         _kept_on_failure(output, progress),
         tqdm(total=chunks, initial=rollout.chunks_done, desc=output.name, unit="chunk", disable=None) as bar,
     ):
         while not rollout.done:
-            if stop.requested:
-                raise KeyboardInterrupt
-            _render_segment(rollout, config, progress, every_chunks, stop, bar, decode_alongside)
+            stop.check()
+            _render_segment(rollout, config, folder, progress, every_chunks, stop, bar, decode_alongside)
         start = time.perf_counter()
-        found = join_segments([folder / segment["name"] for segment in progress.segments], output)
+        found = join_segments([folder / segment.name for segment in progress.segments], output)
         if found != progress.frames:
             raise VideoWriteError(f"'{output}' has {found} frames instead of {progress.frames}")
-    times = RunTimes(**progress.times)
+    times = progress.times
     times.stages["encode"] += time.perf_counter() - start
     times.total_s += time.perf_counter() - start
     return times
@@ -168,29 +178,29 @@ def render_resumable(
 
 def discard(output: Path, keep_part: bool = False) -> None:
     """Remove what was kept for resuming, once the video is whole; with `keep_part` not what was made for watching."""
-    folder = resume_folder(output)
+    files = OutputFiles(output)
+    folder = files.resume_folder
     _remove_ours(folder, keep=set(), states=True)
     with contextlib.suppress(OSError):  # there are other files in it, which are not ours
         folder.rmdir()
     if not keep_part:
-        _part_path(output).unlink(missing_ok=True)
+        files.part.unlink(missing_ok=True)
 
 
 def _render_segment(
     rollout: Any,
     config: GenerateConfig,
+    folder: Path,
     progress: Progress,
     every_chunks: int,
-    stop: SoftInterrupt,
+    stop: SoftStop,
     bar: Any,
     decode_alongside: bool,
 ) -> None:
     """Render up to `every_chunks` chunks to a new segment and save the state that goes with it."""
-    from wan_autoregressive.pipelines.rollout_state import save_rollout
     from wan_autoregressive.pipelines.state_folder import file_sha256
 
-    folder = resume_folder(config.output)
-    times = RunTimes(**progress.times)
+    times = copy.deepcopy(progress.times)
     start = time.perf_counter() - times.total_s
     path = folder / f"segment-{len(progress.segments):06d}.mp4"
     end = rollout.chunks_done + every_chunks
@@ -200,11 +210,12 @@ def _render_segment(
             write_chunk(chunk, writer, times, start, bar)
         with times.measure("encode"):
             writer.close()
-    segment = {"name": path.name, "frames": writer.frames_written, "bytes": path.stat().st_size}
-    segment["sha256"] = file_sha256(path)
+    segment = Segment(
+        name=path.name, frames=writer.frames_written, bytes=path.stat().st_size, sha256=file_sha256(path)
+    )
     times.total_s = time.perf_counter() - start
-    after = dataclasses.replace(progress, segments=[*progress.segments, segment], times=dataclasses.asdict(times))
-    save_rollout(rollout, folder, notes=dataclasses.asdict(after))
+    after = dataclasses.replace(progress, segments=[*progress.segments, segment], times=times)
+    rollout.save(folder, notes=dataclasses.asdict(after))
     progress.segments, progress.times = after.segments, after.times
 
 
@@ -214,15 +225,15 @@ def _kept_on_failure(output: Path, progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        folder = resume_folder(output)
-        covered = [folder / segment["name"] for segment in progress.segments]
+        folder, part = OutputFiles(output).resume_folder, OutputFiles(output).part
+        covered = [folder / segment.name for segment in progress.segments]
         # Beyond the last checkpoint there may be a segment that was not finished, or not yet saved with a state.
         beyond = folder / f"segment-{len(covered):06d}.mp4"
         rest = [path for path in (beyond, beyond.with_suffix(".part.mp4")) if path.is_file()]
         notes = []
         with contextlib.suppress(OSError, ValueError, VideoWriteError):
-            frames = _join_playable(covered, rest[:1], _part_path(output))
-            notes.append(f"{frames} frames are in '{_part_path(output)}'")
+            frames = _join_playable(covered, rest[:1], part)
+            notes.append(f"{frames} frames are in '{part}'")
         # Asked of the folder: the error may have come right after a state was saved.
         saved_frames = _saved_frames(folder)
         if saved_frames:
@@ -243,20 +254,18 @@ def _join_playable(covered: list[Path], rest: list[Path], output: Path) -> int:
 
 def _saved_frames(folder: Path) -> int:
     """Pixel frames in the segments that the saved state covers; 0 where there is none."""
-    from wan_autoregressive.pipelines.state_folder import read_content
-
     try:
-        return Progress(**read_content(folder)["notes"]).frames
-    except (ValueError, TypeError):
+        return Progress.of_folder(folder).frames
+    except ValueError:
         return 0
 
 
-def _check_segment(path: Path, expected: dict[str, Any]) -> None:
+def _check_segment(path: Path, expected: Segment) -> None:
     from wan_autoregressive.pipelines.state_folder import file_sha256
 
     if not path.is_file():
         raise ValueError(f"the segment '{path}' of the unfinished video is missing")
-    if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+    if path.stat().st_size != expected.bytes or file_sha256(path) != expected.sha256:
         raise ValueError(f"the segment '{path}' of the unfinished video is cut off or damaged")
 
 
@@ -268,7 +277,3 @@ def _remove_ours(folder: Path, keep: set[str], states: bool) -> None:
         mine = _OURS.fullmatch(path.name) and (states or path.name.startswith("segment-"))
         if mine and path.name not in keep:
             path.unlink(missing_ok=True)
-
-
-def _part_path(output: Path) -> Path:
-    return output.with_name(f"{output.stem}.part.mp4")

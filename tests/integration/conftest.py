@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from saved_rollouts import start
-from saved_runs import CHUNK_STARTS, FRAMES, frames_of, words
+from saved_runs import CHUNK_STARTS, FRAMES, STOP, frames_of, words
 
 from wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.models.lean_layers import LeanRMSNorm
@@ -62,13 +62,13 @@ def stopped(tiny_checkpoint: Path, tmp_path_factory) -> Path:
         step = WanRollout.step
 
         def fail(self):
-            if self.chunks_done == 10:
+            if self.chunks_done == STOP:
                 raise RuntimeError("the card caught fire")
             return step(self)
 
         patch.setattr(WanRollout, "step", fail)
         assert cli.main(words(tiny_checkpoint, folder / "x.mp4")) == 1
-    assert len(frames_of(folder / "x.part.mp4")) == CHUNK_STARTS[10]
+    assert len(frames_of(folder / "x.part.mp4")) == CHUNK_STARTS[STOP]
     return folder
 
 

@@ -1,66 +1,110 @@
-"""Recordings of the original implementations and the model they were made with."""
+"""Runs recorded cases of the original implementations: `python tests/integration/golden.py FOLDER [--only PREFIX]`.
 
+A case is a json and a safetensors file of the same name, anywhere in FOLDER. Its weights are looked for where its json
+says, in `FOLDER/../weights`, in `FOLDER/weights` and beside the cases of this repository. Kinds of cases are the
+modules of `golden_kinds`.
+"""
+
+import argparse
+import importlib
 import json
-from dataclasses import dataclass, field
+import math
+import pkgutil
+import sys
+import time
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import golden_kinds
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from wan_autoregressive import CausalWanTransformer3DModel
-from wan_autoregressive.models.conversion import convert_wan_state_dict
-
-FOLDER = Path(__file__).parents[1] / "data" / "golden"
-CASES = sorted(path.stem for path in (FOLDER / "open").glob("*.json"))
-
-
-@dataclass
-class GoldenCase:
-    """One recorded run. Video tensors are turned to (batch, channels, frames, height, width)."""
-
-    meta: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-    rollout_arguments: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def tokens_per_frame(self) -> int:
-        return self.meta["frame_seq_length"]
-
-
-def load_case(name: str) -> GoldenCase:
-    meta = json.loads((FOLDER / "open" / f"{name}.json").read_text())
-    tensors = load_file(FOLDER / "open" / f"{name}.safetensors")
-    embeds = {}
-    for key in [key for key in tensors if key.startswith("prompt_embeds")]:
-        unpadded = tensors.pop(key)
-        embeds[key.removesuffix("_unpadded")] = F.pad(unpadded, (0, 0, 0, meta["text_len"] - unpadded.shape[1]))
-    tensors = {key: t.permute(0, 2, 1, 3, 4) if t.ndim == 5 else t for key, t in tensors.items()}
-
-    arguments: dict[str, Any] = {"latents": tensors["noise"], "context_noise": meta["context_noise"]}
-    arguments["chunk_frames"] = meta["num_frame_per_block"]
-    arguments["first_chunk_frames"] = 1 if meta["independent_first_frame"] else None
-    if meta["local_attn_size"] != -1:
-        arguments |= {"window_frames": meta["local_attn_size"], "sink_frames": meta["sink_size"]}
-    if "initial_latent" in tensors:
-        arguments["video_latents"] = tensors["initial_latent"]
-    if "switch_frame_indices" in meta:
-        starts = [0, *meta["switch_frame_indices"]]
-        arguments["prompt_schedule"] = {start: embeds[f"prompt_embeds.{i}"] for i, start in enumerate(starts)}
-        arguments["recache_sink"] = "keep" if meta["global_sink"] else "refresh"
-    else:
-        arguments["prompt_embeds"] = embeds["prompt_embeds"]
-    return GoldenCase(meta, tensors, arguments)
+BOUND = 1e-4
+"""Largest absolute difference, in float32 on a CPU."""
+REPOSITORY_CASES = Path(__file__).parents[1] / "data" / "golden"
 
 
 @cache
-def golden_transformer() -> CausalWanTransformer3DModel:
-    """The recorded model, through the real conversion of the published checkpoint layout."""
-    original = torch.load(FOLDER / "weights" / "tiny_self_forcing.pt", weights_only=True)["generator_ema"]
-    model = CausalWanTransformer3DModel(
-        num_attention_heads=4, attention_head_dim=20, ffn_dim=192, num_layers=3, text_dim=32, freq_dim=64
-    )
-    model.load_state_dict(convert_wan_state_dict(original))
-    return model.eval()
+def kinds() -> list[ModuleType]:
+    names = sorted(module.name for module in pkgutil.iter_modules(golden_kinds.__path__))
+    modules = [importlib.import_module(f"golden_kinds.{name}") for name in names]
+    return [module for module in modules if hasattr(module, "KIND")]
+
+
+def find_cases(folder: Path, only: str = "") -> list[Path]:
+    """The json files of all cases whose name starts with `only`."""
+    found = sorted(path for path in folder.rglob("*.json") if path.with_suffix(".safetensors").is_file())
+    return [path for path in found if path.stem.startswith(only)]
+
+
+def load_case(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return json.loads(path.read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors"))
+
+
+def kind_of(path: Path, meta: dict[str, Any]) -> ModuleType:
+    """Raises `ValueError` for a case that no kind knows."""
+    for kind in kinds():
+        if kind.matches(path.stem, meta):
+            return kind
+    raise ValueError(f"no kind knows it; there are {', '.join(kind.KIND for kind in kinds())}")
+
+
+def weights_folder_of(path: Path, meta: dict[str, Any], kind: ModuleType) -> Path:
+    """Raises `ValueError` if the weights are nowhere."""
+    named = meta.get("weights")
+    named = named["file"] if isinstance(named, dict) else (named or getattr(kind, "WEIGHTS", "")).split()[0].strip(",")
+    beside = [path.parent.parent, path.parent, REPOSITORY_CASES]
+    places = [(folder / named).parent for folder in beside] + [folder / "weights" for folder in beside]
+    for place in places:
+        if (place / Path(named).name).is_file():
+            return place
+    raise ValueError(f"{named} is in none of {', '.join(str(place) for place in dict.fromkeys(places))}")
+
+
+def differences(path: Path, **changes: Any) -> dict[str, float]:
+    """Largest absolute differences of a case by what was recorded.
+
+    Args:
+        changes: Passed to the kind, for deliberate mistakes.
+    """
+    meta, tensors = load_case(path)
+    kind = kind_of(path, meta)
+    return kind.differences(meta, tensors, weights_folder_of(path, meta, kind), **changes)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compare this package with recordings of the originals.")
+    parser.add_argument("folder", type=Path, help="where the cases are")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="cases whose names start so")
+    options = parser.parse_args(arguments)
+    paths = find_cases(options.folder, options.only)
+    if not paths:
+        print(f"no cases {options.only!r} in {options.folder}", file=sys.stderr)
+        return 1
+    torch.set_num_threads(1)  # tensors are too small for more
+    worst = {path.stem: _report(path) for path in paths}
+    name = max(worst, key=worst.__getitem__)
+    failed = sum(difference > BOUND for difference in worst.values())
+    print(f"{len(worst) - failed} of {len(worst)} within {BOUND:g}; the worst is {name} with {worst[name]:.1e}")
+    return 1 if failed else 0
+
+
+def _report(path: Path) -> float:
+    """Print the line of a case; its largest difference, `inf` if it could not be run."""
+    started = time.perf_counter()
+    try:
+        found = differences(path)
+    except Exception as error:  # the other cases are to be run as well
+        print(f"FAILED {path.stem}: {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
+        return math.inf
+    worst = max(found.values(), default=math.inf)
+    listed = "  ".join(f"{of} {difference:.1e}" for of, difference in found.items())
+    state = "ok    " if worst <= BOUND else "FAILED"
+    print(f"{state} {path.stem}  {listed}  ({time.perf_counter() - started:.1f} s)", flush=True)
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from wan_autoregressive.pipelines import rollout_state
+from wan_autoregressive.pipelines.state_values import pack
 
 SIZE = {"height": 32, "width": 32}
 SHORT = {**SIZE, "num_frames": 49, "num_inference_steps": 2}  # 13 latent frames: chunks of 3, 3, 3, 3, 1
@@ -35,6 +35,6 @@ def assert_same(chunks, expected) -> None:
 def state_of(rollout) -> dict:
     """Everything of a rollout that is saved, with tensors as bytes, to be compared."""
     tensors: dict[str, torch.Tensor] = {}
-    values = rollout_state.pack(rollout_state._contents(rollout), tensors)
-    values["attributes"].pop("_seconds_before")
+    values = pack(rollout.state_dict(), tensors)
+    values.pop("seconds_before")
     return {"values": values, "tensors": {name: tensor.clone().numpy().tobytes() for name, tensor in tensors.items()}}

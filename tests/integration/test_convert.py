@@ -15,11 +15,11 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import save_file
+from tiny_checkpoint import make_tiny_checkpoint
 
 from wan_autoregressive.schedulers import SelfForcingScheduler
 from wan_autoregressive.scripts import convert
 from wan_autoregressive.scripts.convert import add_parser, convert_checkpoint
-from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "weights" / "tiny_self_forcing.pt"
 Weights = dict[str, torch.Tensor]

@@ -18,6 +18,7 @@ from wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder
 from wan_autoregressive.pipelines import decode_alongside
 from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.pipelines.samplers.chunkwise import ChunkwiseSampler
 
 SIZE = {"height": 32, "width": 32}
 
@@ -44,23 +45,23 @@ def made(monkeypatch) -> list[int]:
     made = []
     make = WanRollout.make_latents
 
-    def counting(self, draft):
-        make(self, draft)
-        made.append(draft.block.index)
+    def counting(self, in_flight):
+        make(self, in_flight)
+        made.append(in_flight.chunk.index)
 
     monkeypatch.setattr(WanRollout, "make_latents", counting)
     return made
 
 
 def fail_at_frame(monkeypatch, frame: int, error: BaseException) -> None:
-    denoise = WanRollout._denoise
+    next_chunk = ChunkwiseSampler.next_chunk
 
-    def failing(self, block, *args):
-        if block.start == frame:
+    def failing(self, chunk):
+        if chunk.start == frame:
             raise error
-        return denoise(self, block, *args)
+        return next_chunk(self, chunk)
 
-    monkeypatch.setattr(WanRollout, "_denoise", failing)
+    monkeypatch.setattr(ChunkwiseSampler, "next_chunk", failing)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +102,13 @@ def test_decoding_and_denoising_overlap(pipe, monkeypatch):
     ready = {index: threading.Event() for index in range(3)}
     make, decode = WanRollout.make_latents, WanRollout.decode_chunk
 
-    def making(self, draft):
-        make(self, draft)
-        ready[draft.block.index].set()
+    def making(self, in_flight):
+        make(self, in_flight)
+        ready[in_flight.chunk.index].set()
 
-    def decoding(self, draft):
-        assert draft.block.index == 2 or ready[draft.block.index + 1].wait(60)
-        return decode(self, draft)
+    def decoding(self, in_flight):
+        assert in_flight.chunk.index == 2 or ready[in_flight.chunk.index + 1].wait(60)
+        return decode(self, in_flight)
 
     monkeypatch.setattr(WanRollout, "make_latents", making)
     monkeypatch.setattr(WanRollout, "decode_chunk", decoding)
@@ -156,9 +157,9 @@ def test_a_chunk_does_not_wait_for_the_next_one(pipe, monkeypatch):
     handed_out = threading.Event()
     make = WanRollout.make_latents
 
-    def waiting(self, draft):
+    def waiting(self, in_flight):
         assert self.chunks_done == 0 or handed_out.wait(60)
-        make(self, draft)
+        make(self, in_flight)
 
     monkeypatch.setattr(WanRollout, "make_latents", waiting)
     chunks = stream(pipe, num_frames=21)
@@ -184,12 +185,12 @@ def test_two_streams_side_by_side(tiny_checkpoint, monkeypatch):
     """With LoRA scales, which are set on the layers that both streams use: only one may denoise at a time."""
     active, most, make = [], [], WanRollout.make_latents
 
-    def counting(self, draft):
-        active.append(draft)
+    def counting(self, in_flight):
+        active.append(in_flight)
         most.append(len(active))
         time.sleep(0.2)  # longer than decoding, so that without turns both would be at it
-        make(self, draft)
-        active.remove(draft)
+        make(self, in_flight)
+        active.remove(in_flight)
 
     pipe = WanAutoregressivePipeline.from_pretrained(tiny_checkpoint)
     pipe.set_progress_bar_config(disable=True)
@@ -239,7 +240,7 @@ def test_an_error_in_decoding_comes_after_the_chunks_before_it(pipe, monkeypatch
         rollout.step()
     monkeypatch.undo()
     rollout.reset()
-    rollout.generator.manual_seed(0)
+    rollout.noise.generator.manual_seed(0)
     assert_same(list(rollout.chunks(decode_alongside=True)), list(start(pipe)))
 
 
@@ -335,7 +336,8 @@ def test_while_it_runs_ahead_the_rollout_is_left_alone(pipe, tmp_path):
     actions = {"save": lambda: rollout.save(tmp_path), "fork": rollout.fork, "reset": rollout.reset}
     for verb, action in {**actions, "step": rollout.step}.items():
         with pytest.raises(
-            RuntimeError, match=f"cannot {verb} this rollout during a step; .* decodes alongside may still be open"
+            RuntimeError,
+            match=f"cannot {verb} this rollout while it is in use; .* decodes alongside may still be open",
         ):
             action()
     assert_same(list(chunks), list(start(pipe))[1:])

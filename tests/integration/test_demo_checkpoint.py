@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from examples.train_demo import world
+from examples.train_demo.evaluate import evaluate_pipeline
+from examples.train_demo.score import summarize
 from wan_autoregressive import WanAutoregressivePipeline, WanKVCache, demo_checkpoint
 from wan_autoregressive.pipelines.rollout import WanRollout
-from wan_autoregressive.scripts.demo import world
-from wan_autoregressive.scripts.demo.evaluate import evaluate_pipeline
-from wan_autoregressive.scripts.demo.score import summarize
 
 CHUNKS = 6
 

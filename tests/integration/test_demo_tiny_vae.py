@@ -8,9 +8,9 @@ from diffusers import AutoencoderKLWan, WanPipeline
 
 from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
 from wan_autoregressive.models import AutoencoderTinyWan
-from wan_autoregressive.scripts.demo import train_tiny_vae, world
-from wan_autoregressive.scripts.demo.sampling import decode_normalized
-from wan_autoregressive.scripts.demo.score import score_video, summarize
+from examples.train_demo import train_tiny_vae, world
+from examples.train_demo.sampling import decode_normalized
+from examples.train_demo.score import score_video, summarize
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ def slowly() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     decode = WanRollout.decode_chunk
 
-    def slow(self, draft):
+    def slow(self, in_flight):
         time.sleep(0.05)
-        return decode(self, draft)
+        return decode(self, in_flight)
 
     WanRollout.decode_chunk = slow  # type: ignore[method-assign]
 
@@ -43,7 +43,7 @@ def test_ctrl_c_saves_what_is_done_and_resume_goes_on(
     output, folder = tmp_path / "x.mp4", tmp_path / "x.resume"
     process = start(words(tiny_checkpoint, output, "--decode-alongside"), slowly)
     assert wait_until((folder / "segment-000001.mp4").exists, process)
-    time.sleep(0.12)  # into the third segment
+    time.sleep(0.07)  # into the third segment
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to ffmpeg too
     process.join(60)
     assert process.exitcode == 130

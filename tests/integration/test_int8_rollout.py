@@ -7,6 +7,7 @@ import torch
 import yaml
 from saved_rollouts import SIZE, generator, start
 
+from benchmarks.counting import count_step
 from wan_autoregressive import (
     CausalWanTransformer3DModel,
     SelfForcingScheduler,
@@ -14,11 +15,11 @@ from wan_autoregressive import (
     WanKVCache,
     demo_checkpoint,
 )
-from wan_autoregressive.scripts.benchmark.build import build_pipeline, start_rollout
-from wan_autoregressive.scripts.benchmark.costs import kv_bytes_read, kv_bytes_written
-from wan_autoregressive.scripts.benchmark.counting import AllocationMode, StageCounts, count_step
-from wan_autoregressive.scripts.benchmark.settings import BenchmarkSettings
 from wan_autoregressive.scripts.cli import main
+from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode
+from wan_autoregressive.scripts.costs.build import build_pipeline, start_rollout
+from wan_autoregressive.scripts.costs.formulas import kv_bytes_read, kv_bytes_written
+from wan_autoregressive.scripts.costs.workload import make_workload
 
 LATENTS = (1, 16, 3, 4, 4)
 TOKENS_PER_FRAME = 4
@@ -130,7 +131,7 @@ def test_the_peak_of_a_rollout_is_lower_by_what_int8_saves(dtype):
             output_type="latent",
             generator=generator(),
         )
-        counts = StageCounts()
+        counts = AllocationCounts()
         with AllocationMode(counts):
             for _ in range(18):
                 rollout.step()
@@ -144,14 +145,14 @@ def test_the_peak_of_a_rollout_is_lower_by_what_int8_saves(dtype):
 
 
 def test_the_benchmark_counts_bytes_of_the_cache():
-    settings = BenchmarkSettings(layers=2, steps=2, window_frames=6, sink_frames=0, with_vae=False, kv_dtype="int8")
-    pipe = build_pipeline(settings)
-    rollout = start_rollout(pipe, settings)
+    workload = make_workload(layers=2, steps=2, window_frames=6, sink_frames=0, with_vae=False, kv_dtype="int8")
+    pipe = build_pipeline(workload)
+    rollout = start_rollout(pipe, workload)
     count_step(rollout)
     counts, config = count_step(rollout)["denoise"], pipe.transformer.config
-    tokens = settings.chunk_tokens
+    tokens = workload.chunk_tokens
     assert rollout.cache.allocated_bytes == kv_bytes_written(config, 2 * tokens, itemsize=1, scale_bytes=4)
     assert counts.kv_written_bytes == 2 * kv_bytes_written(config, tokens, itemsize=1, scale_bytes=4)
     assert counts.kv_read_bytes == 2 * kv_bytes_read(config, 2 * tokens, itemsize=1, scale_bytes=4)
     with pytest.raises(ValueError, match="kv_dtype is 'int4'"):
-        BenchmarkSettings(kv_dtype="int4")
+        make_workload(kv_dtype="int4")

@@ -5,17 +5,17 @@ import signal
 from pathlib import Path
 
 import pytest
-from saved_runs import assert_refused, contents, slowly, start, wait_until, words
+from saved_runs import assert_refused, assert_same_video, contents, slowly, start, wait_until, words
 
 from wan_autoregressive.scripts import cli
+from wan_autoregressive.scripts.output_files import OutputFiles
 from wan_autoregressive.scripts.output_lock import hold_output
-from wan_autoregressive.scripts.resumable_render import resume_folder
 
 
 def test_a_second_run_is_refused_while_the_first_is_at_it(tiny_checkpoint: Path, tmp_path: Path, capfd) -> None:
     output = tmp_path / "x.mp4"
     first = start(words(tiny_checkpoint, output), before=slowly)
-    assert wait_until(lambda: (resume_folder(output) / "state.json").exists(), first)
+    assert wait_until(lambda: (OutputFiles(output).resume_folder / "state.json").exists(), first)
     capfd.readouterr()
     for more in ([], ["--resume"], ["--seed", "4", "--resume"]):
         assert_refused(cli.main(words(tiny_checkpoint, output, *more)), capfd, f"another run is writing '{output}'")
@@ -24,13 +24,14 @@ def test_a_second_run_is_refused_while_the_first_is_at_it(tiny_checkpoint: Path,
     assert sorted(contents(tmp_path)) == ["x.json", "x.mp4"]
 
 
-def test_a_run_that_was_killed_holds_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_holds_nothing(tiny_checkpoint: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.mp4"
     first = start(words(tiny_checkpoint, output), before=slowly)
-    assert wait_until(lambda: (resume_folder(output) / "state.json").exists(), first)
+    assert wait_until(lambda: (OutputFiles(output).resume_folder / "state.json").exists(), first)
     os.kill(first.pid or 0, signal.SIGKILL)
     first.join()
     assert cli.main(words(tiny_checkpoint, output, "--resume")) == 0
+    assert_same_video(output, uninterrupted, exact=True)
     assert sorted(contents(tmp_path)) == ["x.json", "x.mp4"]
 
 

@@ -6,7 +6,7 @@ import torch
 import yaml
 from saved_rollouts import assert_same, start, state_of
 
-from wan_autoregressive.pipelines import rollout as rollout_module
+from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.cli import main
 
@@ -53,7 +53,7 @@ def test_saved_forked_and_reset_as_without(pipe, parks_on_a_cpu, tmp_path):
 
 @pytest.mark.parametrize(("device", "parking_device"), [("cpu", None), ("cuda", torch.device("cpu"))])
 def test_only_a_vae_on_another_device_than_the_cpu_parks(pipe, monkeypatch, device, parking_device):
-    monkeypatch.setattr(rollout_module, "get_module_execution_device", lambda vae: torch.device(device))
+    monkeypatch.setattr(WanComponents, "codec_device", torch.device(device))
     assert start(pipe, park_vae_state=True).vae_decoder.parking_device == parking_device
     assert start(pipe).vae_decoder.parking_device is None
 

@@ -47,7 +47,7 @@ def test_prompts_and_seeds_matter_and_repeat(pipe):
 def test_batches(pipe):
     frames = pipe(["one", "two"], **SIZE, num_frames=5, num_videos_per_prompt=2, generator=generator()).frames
     assert frames.shape == (4, 5, 32, 32, 3)
-    embeds = pipe.encode_for_rollout(["one", "two"], 2).embeds
+    embeds = pipe.wan_components().encode_prompt(["one", "two"], 2).embeds
     from_embeds = pipe(
         prompt_embeds=embeds, **SIZE, num_frames=5, num_videos_per_prompt=2, generator=generator()
     ).frames
@@ -64,7 +64,7 @@ def test_text_is_encoded_as_in_wan_pipeline(pipe):
     )
     with torch.no_grad():
         expected, _ = stock.encode_prompt("a red circle", do_classifier_free_guidance=False, max_sequence_length=512)
-    embeds = pipe.encode_for_rollout("a red circle", 1).embeds
+    embeds = pipe.wan_components().encode_prompt("a red circle", 1).embeds
     assert torch.equal(embeds, expected)
     assert embeds.shape[1] == 512
     assert embeds[:, 100:].abs().max() == 0
@@ -186,8 +186,9 @@ def test_lora_scale_reaches_the_layers(pipe, tiny_checkpoint):
         ({"prompt": "x", "prompt_embeds": torch.zeros(1, 8, 32)}, "got prompt and prompt_embeds"),
         ({"prompt": 3}, "prompt is 3"),
         ({"prompt": []}, "prompt is \\[\\]"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(8, 32)}, "they must be \\(batch"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(1, 8, 33)}, "33 channels; this transformer takes"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(8, 32)}, r"shape \(8, 32\); they must be"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 8, 33)}, r"shape \(1, 8, 33\); they must be .* 32\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 8, 32, dtype=torch.int64)}, "are torch.int64 of shape"),
         ({"height": 30}, "height is 30; it must be divisible by 16"),
         ({"width": 8}, "width is 8; it must be divisible by 16, such as 16"),
         ({"num_frames": 0}, "num_frames is 0"),
@@ -229,7 +230,7 @@ def test_components_that_are_missing_are_named(pipe):
     bare = WanAutoregressivePipeline(None, None, pipe.transformer, None, SelfForcingScheduler())
     with pytest.raises(ValueError, match="no text encoder"):
         bare("x", **SIZE, num_frames=5, output_type="latent")
-    embeds = pipe.encode_for_rollout("x", 1).embeds
+    embeds = pipe.wan_components().encode_prompt("x", 1).embeds
     with pytest.raises(ValueError, match="no VAE; use 'latent'"):
         bare(prompt_embeds=embeds, **SIZE, num_frames=5)
     with pytest.raises(ValueError, match="no VAE: pass video_latents"):

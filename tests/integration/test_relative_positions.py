@@ -214,13 +214,16 @@ def test_a_jump_moves_only_the_newest_chunk(model):
     cache = WanKVCache(2, window_size=6 * TOKENS_PER_FRAME, sink_size=TOKENS_PER_FRAME, position_mode="relative")
     key = randn(1, 2 * TOKENS_PER_FRAME, 2, 20)
     for number in range(4):
-        cache.jump_frames = 40 if number == 3 else 0
+        if number == 3:
+            cache.positions.jump(40)
         blocks = cache.begin_forward(2 * TOKENS_PER_FRAME)
-        positions = [frame for run in cache.planned_frame_positions(TOKENS_PER_FRAME) for frame in range(*run)]
+        planned = cache.plan_positions(2 * number, 2, TOKENS_PER_FRAME, 1024, model.rope.rotation)
+        positions = [frame for run in planned.keys for frame in range(*run)]
         for block in blocks:
             block.write(key, key)
         cache.end_forward()
     assert sorted(positions) == [0, 1, 2, 3, 44, 45]
+    assert planned.start == 44
 
 
 @pytest.mark.parametrize(

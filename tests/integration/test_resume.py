@@ -101,7 +101,7 @@ def test_reset_after_a_resume_starts_the_same_video_anew(pipe, tmp_path):
     rollout.save(tmp_path)
     resumed = pipe.resume(tmp_path)
     resumed.reset()
-    resumed.generator.manual_seed(0)
+    resumed.noise.generator.manual_seed(0)
     assert_same(list(resumed), expected)
 
 
@@ -111,8 +111,8 @@ def test_one_generator_for_two_videos_stays_one(pipe, tmp_path):
     rollout.step()
     rollout.save(tmp_path)
     resumed, fork = pipe.resume(tmp_path), rollout.fork()
-    assert resumed.generator[0] is resumed.generator[1]
-    assert fork.generator[0] is fork.generator[1] is not shared
+    assert resumed.noise.generator[0] is resumed.noise.generator[1]
+    assert fork.noise.generator[0] is fork.noise.generator[1] is not shared
     expected = list(rollout)
     assert_same(list(resumed), expected)
     assert_same(list(fork), expected)
@@ -122,7 +122,7 @@ def test_without_a_generator_the_global_state_is_used(pipe, tmp_path):
     rollout = start(pipe, generator=None)
     rollout.save(tmp_path)
     resumed = pipe.resume(tmp_path)
-    assert resumed.generator is None
+    assert resumed.noise.generator is None
     torch.manual_seed(3)
     expected = rollout.step()
     torch.manual_seed(3)
@@ -192,7 +192,12 @@ def written_memory(rollout) -> set[int]:
     """Where the tensors are that a rollout writes in place."""
     blocks = rollout.cache.block_caches
     tensors = [part for block in blocks for buffer in (block._key, block._value) for part in buffer.parts]
-    for memory in (rollout._inputs, rollout.conditions._fixed, rollout.conditions._text_kv, rollout.cache.slots):
+    for memory in (
+        rollout.denoiser.experts[0]._inputs,
+        rollout.conditions._fixed,
+        rollout.conditions._text_kv,
+        rollout.cache.slots,
+    ):
         assert memory.nbytes
         tensors += memory._memory.values()
     return {tensor.data_ptr() for tensor in tensors}
@@ -205,5 +210,5 @@ def test_a_fork_shares_no_memory_that_is_written(pipe, kv_dtype):
     fork = parent.fork()
     fork.step()
     assert not written_memory(parent) & written_memory(fork)
-    assert fork.pipe is parent.pipe
+    assert fork.components is parent.components
     assert fork._lock is not parent._lock

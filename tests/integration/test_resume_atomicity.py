@@ -9,7 +9,7 @@ import torch
 from saved_rollouts import assert_same, start
 
 from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
-from wan_autoregressive.pipelines import rollout_state, state_folder
+from wan_autoregressive.pipelines import state_folder
 from wan_autoregressive.pipelines.state_folder import read_content
 
 
@@ -134,7 +134,7 @@ def test_an_adapter_is_other_weights(other_pipe):
 
 
 def test_notes_are_kept(pipe, tmp_path):
-    rollout_state.save_rollout(start(pipe), tmp_path, notes={"segments": [1, 2]})
+    start(pipe).save(tmp_path, notes={"segments": [1, 2]})
     assert read_content(tmp_path)["notes"] == {"segments": [1, 2]}
 
 

@@ -72,7 +72,7 @@ def test_frames_equal_one_decode_of_all_latents(pipe):
 
 def test_a_negative_prompt_may_be_embeddings(pipe):
     options = {"prompt": "a red circle", **SIZE, "num_frames": 9, "guidance_scale": 3.0, "output_type": "latent"}
-    embeds = pipe.encode_for_rollout("gray", batch_size=1).embeds
+    embeds = pipe.wan_components().encode_prompt("gray", batch_size=1).embeds
     expected = pipe(**options, negative_prompt="gray", generator=generator()).frames
     assert torch.equal(pipe(**options, negative_prompt_embeds=embeds, generator=generator()).frames, expected)
 
@@ -103,10 +103,8 @@ def test_noise_is_drawn_per_chunk_and_step(pipe):
             torch.randn(1, channels, 3, 4, 4, generator=draws)
     rollout = pipe.rollout("a red circle", **SIZE, num_frames=21, generator=generator(7), output_type="latent")
     for expected in initial:
-        block = rollout.grid.block(rollout.chunks_done, rollout.frames_done)
-        state = rollout.generator.get_state()
-        assert torch.equal(rollout._noise(block), expected)
-        rollout.generator.set_state(state)
+        chunk = rollout.grid.chunk(rollout.chunks_done, rollout.frames_done)
+        assert torch.equal(rollout.noise.fork().initial(chunk.start, chunk.num_frames), expected)
         rollout.step()
 
 
@@ -156,11 +154,10 @@ def test_the_plan_counts_what_is_done(pipe, count_forwards):
         plan = pipe.plan(**SIZE, **options)
         rollout = pipe.rollout("x", **SIZE, **options, generator=generator())
         chunks = list(rollout)
-        caches = [rollout.cache] + ([rollout.negative_cache] if rollout.negative_cache else [])
         assert plan.chunks == len(chunks)
         assert plan.latent_frames == rollout.frames_done
         assert plan.forwards == len(count_forwards)
-        assert plan.kv_cache_bytes == sum(cache.allocated_bytes for cache in caches)
+        assert plan.kv_cache_bytes == rollout.denoiser.kv_cache_bytes
         assert plan.text_kv_bytes == rollout.conditions.text_kv_bytes > 0
         assert plan.vae_state_bytes == rollout.vae_decoder.state_bytes
 
@@ -205,7 +202,7 @@ def test_reset_makes_the_same_video_again(pipe):
     with pytest.raises(RuntimeError, match="the video is complete with 6 latent frames"):
         rollout.step()
     rollout.reset()
-    rollout.generator.manual_seed(3)
+    rollout.noise.generator.manual_seed(3)
     for chunk, expected in zip(rollout, first, strict=True):
         assert np.array_equal(chunk.frames, expected.frames)
 
@@ -215,7 +212,7 @@ def test_reset_keeps_the_current_prompt(pipe):
     rollout.step()
     assert rollout.step(prompt="a blue cross").prompt == ["a blue cross"]
     rollout.reset()
-    rollout.generator.manual_seed(3)
+    rollout.noise.generator.manual_seed(3)
     again = list(rollout)
     expected = list(pipe.stream("a blue cross", **SIZE, num_frames=21, generator=generator(3)))
     for chunk, other in zip(again, expected, strict=True):
@@ -247,7 +244,7 @@ def test_recache_equals_a_cache_that_always_had_the_new_prompt(pipe):
     latents = switched.history.last(6)
     switched.step(prompt="a blue cross")
 
-    blue = pipe.encode_for_rollout("a blue cross", 1).embeds
+    blue = pipe.wan_components().encode_prompt("a blue cross", 1).embeds
     cache = WanKVCache(len(pipe.transformer.blocks))
     with torch.no_grad():
         pipe.transformer(
@@ -269,12 +266,12 @@ def test_a_recache_keeps_or_refreshes_the_sink(pipe, sink):
     rollout = pipe.rollout("a red circle", **options, generator=generator(), output_type="latent")
     for _ in range(5):
         rollout.step()
-    frames = 2 * rollout.tokens_per_frame
+    frames = 2 * rollout.components.tokens_per_frame(rollout.config)
     old_sink = rollout.cache.block_caches[-1].cached_key[:, :frames].clone()
     latents = rollout.history.last(6)  # frames 4 to 9
     rollout.step(prompt="a blue cross")
 
-    blue = pipe.encode_for_rollout("a blue cross", 1).embeds
+    blue = pipe.wan_components().encode_prompt("a blue cross", 1).embeds
     cache = WanKVCache(len(pipe.transformer.blocks))
     with torch.no_grad():
         pipe.transformer(latents, torch.zeros(1, 6), blue, frame_offset=4, attention_kwargs={"kv_cache": cache})
@@ -314,7 +311,7 @@ def test_given_frames_may_be_longer_than_the_window(pipe):
     ]
     for i, prompt in enumerate(("one", "two")):
         cache = WanKVCache(len(pipe.transformer.blocks), rollout.cache.window_size, rollout.cache.sink_size)
-        embeds = pipe.encode_for_rollout(prompt, 1).embeds
+        embeds = pipe.wan_components().encode_prompt(prompt, 1).embeds
         for start, stop in ((0, 3), (3, 6), (6, 9), (9, 10)):
             with torch.no_grad():
                 pipe.transformer(
@@ -325,7 +322,7 @@ def test_given_frames_may_be_longer_than_the_window(pipe):
                     attention_kwargs={"kv_cache": cache},
                 )
         # Frames 8 and 9 are still in the window at the end, before the generated ones.
-        per_frame = rollout.tokens_per_frame
+        per_frame = rollout.components.tokens_per_frame(rollout.config)
         got = rollout.cache.block_caches[-1].cached_key[i : i + 1, per_frame : 2 * per_frame]
         expected = cache.block_caches[-1].cached_key[:, -2 * per_frame : -per_frame]
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -348,7 +345,7 @@ def test_starts_from_an_image_and_from_a_clip(pipe):
 def test_a_step_that_fails_says_so_and_stays_failed(pipe, monkeypatch):
     rollout = pipe.rollout("x", **SIZE, num_frames=21)
     rollout.step()
-    monkeypatch.setattr(rollout.scheduler, "step", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(rollout.schedulers[1], "step", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rollout.step()
     with pytest.raises(RuntimeError, match="a step of this rollout failed"):
@@ -393,7 +390,13 @@ def test_timings_and_progress(pipe):
 
 
 def held_frames(rollout) -> int:
-    return rollout.cache.num_tokens // rollout.tokens_per_frame
+    return rollout.cache.num_tokens // rollout.components.tokens_per_frame(rollout.config)
+
+
+def newest_jump(rollout) -> int:
+    """Frames that the newest chunk has been moved away from the past, or with absolute positions the whole video."""
+    positions = rollout.cache.positions
+    return positions.newest_jump if rollout.cache.position_mode == "relative" else positions.shift
 
 
 @pytest.mark.parametrize("position_mode", ["absolute", "relative"])
@@ -414,18 +417,18 @@ def test_flush_and_cut_keep_the_sink_and_the_newest_frames(pipe, count_forwards,
     rollout.step(prompt="a blue cross")
     assert held_frames(rollout) == 1 + 2 + 3
     absolute_jump = jump if position_mode == "absolute" else 0
-    assert rollout.cache.jump_frames == jump
-    assert count_forwards[-1][0] == 12 + absolute_jump
+    assert newest_jump(rollout) == jump
+    assert count_forwards[-1][0] == 12
     rollout.step()
     assert held_frames(rollout) == 9
-    assert rollout.cache.jump_frames == 0
-    assert count_forwards[-1][0] == 15 + absolute_jump
+    assert newest_jump(rollout) == absolute_jump
+    assert count_forwards[-1][0] == 15
 
 
 def test_a_blend_moves_the_embeddings_over_some_chunks(pipe):
     rollout = pipe.rollout("a red circle", **SIZE, window_frames=6, switch_policy="blend", blend_chunks=4)
     old = rollout.prompt.embeds
-    new = pipe.encode_for_rollout("a blue cross", 1).embeds
+    new = pipe.wan_components().encode_prompt("a blue cross", 1).embeds
     rollout.step()
     rollout.set_prompt("a blue cross")
     for weight in (0.25, 0.5, 0.75, 1.0, 1.0):

@@ -1,20 +1,19 @@
 """Training of the demo checkpoint: its forward passes are the models' own, and a short run passes every stage."""
 
-import argparse
 import json
 
 import pytest
 import torch
 from diffusers import WanPipeline
 
+from examples.train_demo import flow_batches, train, world
+from examples.train_demo.packed import make_layout, packed_flow
+from examples.train_demo.text import TEXT_DIM, pad_embeddings
+from examples.train_demo.train_flow import FlowSettings, create_transformer
+from examples.train_demo.train_vae import create_vae
+from examples.train_demo.vae_clip import decode_clip, encode_clip
 from wan_autoregressive import WanAutoregressivePipeline, WanKVCache
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
-from wan_autoregressive.scripts.demo import flow_batches, train_demo, world
-from wan_autoregressive.scripts.demo.packed import make_layout, packed_flow
-from wan_autoregressive.scripts.demo.text import TEXT_DIM, pad_embeddings
-from wan_autoregressive.scripts.demo.train_flow import FlowSettings, create_transformer
-from wan_autoregressive.scripts.demo.train_vae import create_vae
-from wan_autoregressive.scripts.demo.vae_clip import decode_clip, encode_clip
 
 TINY = FlowSettings(heads=2, head_dim=24, ffn_dim=64, layers=2)
 TOKENS_PER_FRAME = 16
@@ -107,8 +106,7 @@ def test_tied_noise_is_standard_normal_and_tells_the_start(generator):
 @pytest.fixture(scope="module")
 def smoke_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    args = argparse.Namespace(output=folder, workers=1, smoke=True)
-    assert train_demo.run(args) == 0
+    train.main(["--output", str(folder), "--smoke"])
     return folder
 
 
@@ -117,12 +115,14 @@ def losses_of(folder, stage):
     return [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vae", "flow"])
 def test_losses_fall(smoke_run, stage):
     losses = losses_of(smoke_run, stage)
     assert losses[-1] < 0.97 * losses[0]
 
 
+@pytest.mark.slow
 def test_every_stage_leaves_its_state_and_a_picture(smoke_run):
     names = {path.name for path in (smoke_run / "training").iterdir()}
     assert {"vae.pt", "vae_decoder.pt", "flow.pt", "few_step.pt", "rollout.pt"} <= names
@@ -130,6 +130,7 @@ def test_every_stage_leaves_its_state_and_a_picture(smoke_run):
     assert any(name.startswith("vae_") and name.endswith(".png") for name in names)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_renders_here_and_in_stock_diffusers(smoke_run):
     folder = str(smoke_run / "checkpoint")
     pipe = WanAutoregressivePipeline.from_pretrained(folder)
@@ -143,8 +144,8 @@ def test_the_checkpoint_renders_here_and_in_stock_diffusers(smoke_run):
     assert output.frames.shape == (1, 16, 3, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_without_training_again(smoke_run):
     before = len(losses_of(smoke_run, "flow"))
-    args = argparse.Namespace(output=smoke_run, workers=1, smoke=True)
-    assert train_demo.run(args) == 0
+    train.main(["--output", str(smoke_run), "--smoke"])
     assert len(losses_of(smoke_run, "flow")) == before

@@ -46,13 +46,14 @@ def test_the_video_ends_with_the_source(pipe, clip, length, frames):
 def test_starts_at_the_strengths_noise_level(pipe, clip, monkeypatch):
     seen = []
     rollout = pipe.rollout("x", **SIZE, video=clip, strength=0.5, generator=generator(), output_type="latent")
-    forward = rollout._forward
+    (expert,) = rollout.denoiser.experts
+    forward = expert.forward
 
-    def watch(latents, timestep, start, *args, **kwargs):
-        seen.append((latents.clone(), timestep, start))
-        return forward(latents, timestep, start, *args, **kwargs)
+    def watch(latents, window, *args, **kwargs):
+        seen.append((latents.clone(), window.timesteps[0], window.frames.start))
+        return forward(latents, window, *args, **kwargs)
 
-    monkeypatch.setattr(rollout, "_forward", watch)
+    monkeypatch.setattr(expert, "forward", watch)
     list(rollout)
     source = pipe.encode_video(clip, 32, 32)
     draws = generator()

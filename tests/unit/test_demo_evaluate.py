@@ -7,9 +7,9 @@ import imageio.v3
 import pytest
 import torch
 
-from wan_autoregressive.scripts.demo import evaluate, world
-from wan_autoregressive.scripts.demo.score import chunk_ranges, score_video, summarize
-from wan_autoregressive.scripts.demo.world import Scene
+from examples.train_demo import evaluate, world
+from examples.train_demo.score import chunk_ranges, score_video, summarize
+from examples.train_demo.world import Scene
 
 SCENE = Scene("red", "square", "right", "navy")
 FRAMES = 45  # four chunks
@@ -128,29 +128,27 @@ def test_other_sizes_are_refused():
         score_video(torch.zeros(1, 64, 64, 3), SCENE)
 
 
-def run_command(*arguments: str) -> int:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    evaluate.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["evaluate", *arguments])
-    return args.run(args)
-
-
 def test_the_command_judges_a_video_file(tmp_path, capsys):
     path, report = tmp_path / "video.mp4", tmp_path / "report.json"
     frames = (video_of(SCENE) * 255).round().to(torch.uint8).numpy()
     imageio.v3.imwrite(path, frames, fps=world.FPS, codec="libx264", output_params=["-crf", "10"])
-    assert run_command("--video", str(path), "--prompt", SCENE.prompt, "--output", str(report)) == 0
+    evaluate.main(["--video", str(path), "--prompt", SCENE.prompt, "--output", str(report)])
     printed = json.loads(capsys.readouterr().out)
     assert printed["shape"] == printed["color"] == printed["direction"] == printed["background"] == 1
     assert len(json.loads(report.read_text())["per_video"][0]["chunks"]) == 4
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--video", "x.mp4"], ["--model", "nowhere"], ["--seeds", "0"], ["--video", "no.mp4", "--prompt", SCENE.prompt]],
+    ("arguments", "message"),
+    [
+        (["--video", "x.mp4"], "--video needs --prompt"),
+        (["--model", "nowhere"], "there is no checkpoint in 'nowhere'"),
+        (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["--video", "no.mp4", "--prompt", SCENE.prompt], "cannot read the video 'no.mp4'"),
+    ],
 )
-def test_the_command_refuses_bad_input(arguments):
-    with pytest.raises(ValueError):  # noqa: PT011 - each has its own message
-        run_command(*arguments)
+def test_the_command_refuses_bad_input(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from wan_autoregressive.scripts.demo import world
-from wan_autoregressive.scripts.demo.world import Scene
+from examples.train_demo import world
+from examples.train_demo.world import Scene
 
 
 def test_prompts_are_read_as_they_are_written():

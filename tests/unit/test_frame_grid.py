@@ -25,6 +25,13 @@ def test_given_frames_fill_the_grid_from_its_start():
     assert spans(FrameGrid(3, 3, given_frames=4, total_frames=9)) == expected
 
 
+def test_a_chunk_is_generated_around_given_frames():
+    grid = FrameGrid(3, 3, given_frames=4, total_frames=9, split_at_given=False)
+    assert spans(grid) == [(0, 3, True), (3, 6, False), (6, 9, False)]
+    assert [chunk.fixed_frames for chunk in grid] == [0, 1, 0]
+    assert grid.first_generated_frame == 3
+
+
 def test_without_end():
     blocks = list(itertools.islice(FrameGrid(2, 5), 4))
     assert [(block.index, block.start, block.stop) for block in blocks] == [
@@ -35,12 +42,16 @@ def test_without_end():
     ]
 
 
-@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 20), st.integers(1, 40))
-def test_blocks_cover_every_frame_once(chunk, first, given_frames, generated):
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 20), st.integers(1, 40), st.booleans())
+def test_blocks_cover_every_frame_once(chunk, first, given_frames, generated, split):
     total = given_frames + generated
-    blocks = list(FrameGrid(chunk, first, given_frames, total))
+    grid = FrameGrid(chunk, first, given_frames, total, split)
+    blocks = list(grid)
     assert [frame for block in blocks for frame in range(block.start, block.stop)] == list(range(total))
-    assert sum(block.num_frames for block in blocks if block.given) == given_frames
+    given_blocks = sum(block.num_frames for block in blocks if block.given)
+    assert given_blocks == grid.first_generated_frame
+    assert given_blocks + sum(block.fixed_frames for block in blocks) == given_frames
+    assert not split or given_blocks == given_frames
     assert max(block.num_frames for block in blocks) <= max(chunk, first)
     assert [block.index for block in blocks] == list(range(len(blocks)))
 

@@ -6,8 +6,8 @@ import torch
 from wan_autoregressive import WanKVCache
 from wan_autoregressive.cache import MovingAverageSink
 from wan_autoregressive.cache.int8_buffer import dequantize, quantize
-from wan_autoregressive.pipelines.rollout_config import RolloutConfig
-from wan_autoregressive.scripts.benchmark.counting import AllocationMode, StageCounts
+from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode
 
 BATCH, HEADS, HEAD_DIM, CHUNK = 2, 3, 64, 12
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -106,9 +106,8 @@ def test_attention_gets_the_newest_chunk_itself_and_the_past_as_it_is_kept():
             kept = block.cached_key, block.cached_value
             for attended, exact, held in zip(got, chunk, kept, strict=True):
                 newest = torch.zeros(attended.shape[1], dtype=torch.bool)
-                start = block.window.state.newest_start
-                for slot in range(start, start + CHUNK):
-                    newest[slot if slot < cache.window_size else slot - cache.window_size + cache.sink_size] = True
+                for start, stop in block.window.state.newest:
+                    newest[start:stop] = True
                 assert torch.equal(held[:, -CHUNK:], dequantize(*quantize(exact)))
                 past = held[:, :-CHUNK].sort(dim=1).values
                 assert torch.equal(attended[:, ~newest].sort(dim=1).values, past)
@@ -123,7 +122,7 @@ def test_bytes_and_their_peak_are_those_of_the_formula(dtype, sizes):
     chunks = [(randn(seed=number, dtype=dtype), randn(seed=-number, dtype=dtype)) for number in range(8)]
     peaks = {}
     for kv_dtype in (None, "int8"):
-        cache, counts = WanKVCache(blocks, **sizes, kv_dtype=kv_dtype), StageCounts()
+        cache, counts = WanKVCache(blocks, **sizes, kv_dtype=kv_dtype), AllocationCounts()
         with AllocationMode(counts):
             for chunk in chunks:
                 for step in range(2):

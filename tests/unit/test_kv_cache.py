@@ -17,27 +17,68 @@ def chunk(tokens: int, value: float, batch: int = 1, heads: int = HEADS, dtype=t
     return key, -key
 
 
+class Token:
+    """A place in the list. What it holds may be overwritten."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
 class ListOfTokens:
     """What the cache should hold, by the slowest means."""
 
     def __init__(self, window: int, sink: int) -> None:
         self.window, self.sink = window, sink
-        self.tokens: list[torch.Tensor] = []
+        self.tokens: list[Token] = []
+        self.pins: dict[str, list[Token]] = {}
         self.newest = 0
 
+    def can_append(self, count: int) -> bool:
+        pinned = {id(token) for tokens in self.pins.values() for token in tokens}
+        beside_sink = sum(id(token) in pinned for token in self.tokens[self.sink :])
+        return self.window == -1 or self.sink + beside_sink + count <= self.window
+
     def append(self, key: torch.Tensor) -> None:
-        new = list(key.unbind(dim=1))
+        new = [Token(value) for value in key.unbind(dim=1)]
         surplus = 0 if self.window == -1 else max(0, len(self.tokens) + len(new) - self.window)
-        self.tokens = self.tokens[: self.sink] + self.tokens[self.sink + surplus :] + new
+        pinned = {id(token) for tokens in self.pins.values() for token in tokens}
+        for _ in range(surplus):
+            place = next(i for i, token in enumerate(self.tokens) if i >= self.sink and id(token) not in pinned)
+            del self.tokens[place]
+        self.tokens += new
         self.newest = len(new)
 
     def overwrite(self, key: torch.Tensor) -> None:
-        self.tokens[-self.newest :] = list(key.unbind(dim=1))
+        for token, value in zip(self.tokens[-self.newest :], key.unbind(dim=1), strict=True):
+            token.value = value
 
     def rewrite(self, key: torch.Tensor, keep_sink: bool) -> None:
         kept = self.tokens[: self.sink] if keep_sink else []
-        self.tokens = kept + list(key.unbind(dim=1))
-        self.newest = key.shape[1]
+        self.tokens = kept + [Token(value) for value in key.unbind(dim=1)]
+        self.newest, self.pins = key.shape[1], {}
+
+    def keep_newest(self, count: int) -> None:
+        rest = self.tokens[self.sink :]
+        gone = rest[: max(0, len(rest) - count)]
+        if any(token in gone for token in self.tokens[len(self.tokens) - self.newest :]):
+            self.newest = 0
+        self.tokens = self.tokens[: self.sink] + rest[len(gone) :]
+        self.pins = {}
+
+    def pin(self, name: str, count: int) -> None:
+        start = len(self.tokens) - self.newest
+        self.pins[name] = self.tokens[start : start + count]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """`(1, tokens, heads, head_dim)`"""
+        return torch.stack([token.value for token in self.tokens], dim=1)
+
+
+OPERATIONS = [
+    *("append", "append", "append", "append", "overwrite", "rewrite", "rewrite_all", "keep_newest", "reset"),
+    *("pin a", "pin a", "pin b", "unpin a", "unpin b"),
+]
 
 
 @st.composite
@@ -45,18 +86,9 @@ def histories(draw):
     windowed = draw(st.booleans())
     largest = draw(st.integers(1, 6))
     sink = draw(st.integers(0, 4)) if windowed else 0
-    window = sink + largest + draw(st.integers(0, 8)) if windowed else -1
+    window = sink + largest + draw(st.integers(0, 12)) if windowed else -1
     operations = draw(
-        st.lists(
-            st.tuples(
-                st.sampled_from(
-                    ["append", "append", "append", "overwrite", "rewrite", "rewrite_all", "keep_newest", "reset"]
-                ),
-                st.integers(1, largest),
-            ),
-            min_size=1,
-            max_size=25,
-        )
+        st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(1, largest)), min_size=1, max_size=40)
     )
     return window, sink, operations
 
@@ -81,9 +113,17 @@ def test_any_sequence_of_operations_equals_a_list_of_tokens(kv_dtype, history):
             continue
         if operation == "keep_newest":
             cache.keep_newest(tokens)
-            rest = model.tokens[model.sink :]
-            model.tokens = model.tokens[: model.sink] + rest[max(0, len(rest) - tokens) :]
-            model.newest = 0
+            model.keep_newest(tokens)
+            assert cache.newest_tokens == model.newest
+            continue
+        if operation.startswith("pin"):
+            count = min(tokens, model.newest)
+            cache.pin_newest(operation[4:], count)
+            model.pin(operation[4:], count)
+            continue
+        if operation.startswith("unpin"):
+            if model.pins.pop(operation[6:], None) is not None:
+                cache.unpin(operation[6:])
             continue
         if operation == "overwrite":
             if model.newest == 0:
@@ -92,6 +132,10 @@ def test_any_sequence_of_operations_equals_a_list_of_tokens(kv_dtype, history):
         key, value = chunk(tokens, number)
         if operation == "append":
             cache.enable_append_mode()
+            if not model.can_append(tokens):
+                with pytest.raises(ValueError, match="pinned ones and a sink of"):
+                    cache.update(0, key, value)
+                continue
             model.append(key)
         elif operation == "overwrite":
             cache.enable_overwrite_mode()
@@ -99,7 +143,7 @@ def test_any_sequence_of_operations_equals_a_list_of_tokens(kv_dtype, history):
         else:
             cache.enable_rewrite_mode(keep_sink=operation == "rewrite")
             model.rewrite(key, keep_sink=operation == "rewrite")
-        expected = torch.stack(model.tokens, dim=1)
+        expected = model.values
         for block in range(2):
             attended_key, attended_value = cache.update(block, key, value)
             # Attention sees exactly these tokens, in any order ...
@@ -122,7 +166,27 @@ def test_window_evicts_per_frame_before_attention():
     assert seen == [[0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 3, 4, 5, 6, 7, 8], [0, 6, 7, 8, 9, 10, 11]]
 
 
-def test_windowed_buffers_are_allocated_once_and_never_move():
+def test_pinned_tokens_stay_until_others_take_their_place():
+    # Window 9, sink 1, chunks of 2 frames (1 token each); the chunk of frames 4 and 5 is pinned, then that of 12.
+    cache = WanKVCache(num_blocks=1, window_size=9, sink_size=1)
+    seen = []
+    for start in range(0, 20, 2):
+        numbers = torch.arange(start, start + 2, dtype=torch.float32).view(1, 2, 1, 1)
+        cache.update(0, numbers, numbers)
+        seen.append(cache.block_caches[0].cached_key.flatten().int().tolist())
+        if start in (4, 12):
+            cache.pin_newest("shot", 2)
+    assert seen[5:] == [
+        [0, 4, 5, 6, 7, 8, 9, 10, 11],
+        [0, 4, 5, 8, 9, 10, 11, 12, 13],
+        [0, 8, 9, 10, 11, 12, 13, 14, 15],
+        [0, 10, 11, 12, 13, 14, 15, 16, 17],
+        [0, 12, 13, 14, 15, 16, 17, 18, 19],
+    ]
+
+
+@pytest.mark.parametrize("pinned", [0, 2])
+def test_windowed_buffers_are_allocated_once_and_never_move(pinned):
     cache = WanKVCache(num_blocks=2, window_size=8, sink_size=2)
     expected_bytes = cache.expected_bytes(1, HEADS, HEAD_DIM, torch.float32)
     addresses = set()
@@ -130,6 +194,7 @@ def test_windowed_buffers_are_allocated_once_and_never_move():
         for block in range(2):
             key, value = cache.update(block, *chunk(3, number))
             addresses.add((block, key.data_ptr(), value.data_ptr()))
+        cache.pin_newest("shot", pinned)
         assert cache.allocated_bytes == expected_bytes == 2 * 2 * 8 * HEADS * HEAD_DIM * 4
     assert len(addresses) == 2
     cache.reset()
@@ -216,6 +281,17 @@ def test_overwrite_before_any_append_is_refused():
     cache.enable_overwrite_mode()
     with pytest.raises(ValueError, match="overwrite before any append"):
         cache.update(0, *chunk(3, 1))
+
+
+def test_what_cannot_be_pinned_is_refused():
+    cache = WanKVCache(num_blocks=1, window_size=8, sink_size=1, position_mode="sink_relative")
+    cache.update(0, *chunk(3, 1))
+    with pytest.raises(ValueError, match="'sink_relative' moves only the sink"):
+        cache.pin_newest("shot", 2)
+    cache = WanKVCache(num_blocks=1, window_size=8, sink_size=1)
+    cache.update(0, *chunk(3, 1))
+    with pytest.raises(ValueError, match="cannot pin 4 tokens of a newest chunk that has 3"):
+        cache.pin_newest("shot", 4)
 
 
 def test_unknown_block_is_refused():

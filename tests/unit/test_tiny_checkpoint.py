@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from tiny_checkpoint import make_tiny_checkpoint
 from transformers import AutoTokenizer
 
 from wan_autoregressive.schedulers import SelfForcingScheduler
-from wan_autoregressive.scripts.tiny_checkpoint import add_parser, make_tiny_checkpoint, run
 
 PROMPTS = ["a red circle moving left on a black background", "a blue square moving left on a black background"]
 VISIBLE = 0.01  # mean absolute difference of pixels in [0, 1]
@@ -144,20 +143,13 @@ def test_wrong_arguments_write_nothing(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_command_and_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
+def test_overwrite(tmp_path: Path) -> None:
     target = tmp_path / "new" / "tiny"
-    assert run(parser.parse_args(["tiny-checkpoint", str(target)])) == 0
-    assert str(target) in capsys.readouterr().out
-    first = digest(target)
-    again = parser.parse_args(["tiny-checkpoint", str(target), "--seed", "1"])
+    first = digest(make_tiny_checkpoint(target))
     with pytest.raises(ValueError, match="not empty"):
-        again.run(again)
+        make_tiny_checkpoint(target, seed=1)
     assert digest(target) == first
-    again.overwrite = True
-    assert again.run(again) == 0
-    assert digest(target) != first
+    assert digest(make_tiny_checkpoint(target, seed=1, overwrite=True)) != first
     assert [path.name for path in target.parent.iterdir()] == ["tiny"]
 
 

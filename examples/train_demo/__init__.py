@@ -1,0 +1,1 @@
+"""The demo checkpoint: its toy world, the training that makes it, and what judges it in pixels."""

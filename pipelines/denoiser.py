@@ -1,0 +1,301 @@
+"""What one forward over these frames at these noise levels gives.
+
+A denoiser holds what the transformer keeps of one video: keys and values, conditions, the prompt. It knows neither the
+order of chunks nor what a prompt was before, and no VAE.
+"""
+
+import copy
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wan_autoregressive.cache import WanKVCache
+from wan_autoregressive.cache.fixed_memory import FixedMemory
+from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
+from wan_autoregressive.models.conditions import ConditionMemory
+from wan_autoregressive.models.forward_plan import PastFrames
+from wan_autoregressive.pipelines.components import WanComponents
+from wan_autoregressive.pipelines.prompts import PromptState
+
+
+@dataclass(frozen=True)
+class Window:
+    """The frames of one forward.
+
+    The cache is appended to by the first forward that keeps frames of a chunk, and overwritten by the later ones: a
+    chunk is new if it starts at another frame than the newest one in the cache.
+    """
+
+    frames: range
+    """Numbers of the latent frames; positions count by them."""
+    timesteps: tuple[float, ...]
+    """One for all frames, or one for each."""
+    keep_frames: int | None = None
+    """Frames, from the first on, whose keys and values the cache holds afterwards; all by default. With 0 the cache is
+    left as it is."""
+    past: PastFrames | None = None
+    """What the frames see of the past; all that is held by default."""
+
+
+class Expert:
+    """One transformer with all that it keeps of one video.
+
+    Args:
+        caches: For the prompt and, with guidance, for the negative one.
+        attention_kwargs: Passed to the transformer; `scale` is the LoRA scale.
+    """
+
+    def __init__(
+        self, transformer: CausalWanTransformer3DModel, caches: list[WanKVCache], attention_kwargs: dict[str, Any]
+    ) -> None:
+        self.transformer = transformer
+        self.caches = caches
+        self._attention_kwargs = attention_kwargs
+        self.conditions = ConditionMemory(num_prompts=len(caches))
+        self._inputs = FixedMemory()
+        self._newest: list[int | None] = [None] * len(caches)
+        """First frame of the newest chunk in each cache."""
+
+    def forward(
+        self, latents: torch.Tensor, window: Window, branch: int, embeds: torch.Tensor, context_only: bool = False
+    ) -> torch.Tensor | None:
+        """One forward through the cache of a branch, which is appended to or overwritten.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Of the window's frames.
+            embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`): Of the branch's prompt.
+            context_only (`bool`): Only leave keys and values in the cache: no last attention, feed-forward and head.
+
+        Returns:
+            The flow, shaped as `latents`; `None` with `context_only`.
+        """
+        cache, start = self.caches[branch], window.frames.start
+        if self._newest[branch] == start:
+            cache.enable_overwrite_mode()
+        else:
+            cache.enable_append_mode()
+        flow = self._run(latents, window, branch, embeds, context_only)
+        if window.keep_frames != 0:
+            self._newest[branch] = start
+        return flow
+
+    def rewrite(
+        self, latents: torch.Tensor, window: Window, branch: int, embeds: torch.Tensor, keep_sink: bool
+    ) -> None:
+        """Replace all that the cache of a branch holds, or all but the sink, by a pass over finished latents."""
+        self.caches[branch].enable_rewrite_mode(keep_sink=keep_sink)
+        self._run(latents, window, branch, embeds, context_only=True)
+        self._newest[branch] = None
+
+    def _run(
+        self, latents: torch.Tensor, window: Window, branch: int, embeds: torch.Tensor, context_only: bool
+    ) -> torch.Tensor | None:
+        transformer, cache, timesteps = self.transformer, self.caches[branch], window.timesteps
+        latents = self._inputs.hold(("latents", latents.shape[2]), latents, transformer.dtype)
+        plan = transformer.plan_forward(
+            latents,
+            cache,
+            window.frames.start,
+            keys_values_only=context_only,
+            memory=self.conditions,
+            timestep=timesteps[0] if len(timesteps) == 1 else timesteps,
+            encoder_hidden_states=embeds,
+            keep_frames=window.keep_frames,
+            view=window.past,
+        )
+        flow = transformer(
+            hidden_states=latents,
+            timestep=self._timesteps(timesteps, latents),
+            encoder_hidden_states=embeds,
+            frame_offset=window.frames.start,
+            attention_kwargs={**self._attention_kwargs, "kv_cache": cache, "plan": plan},
+            return_dict=False,
+        )[0]
+        cache.end_forward()
+        return flow
+
+    def _timesteps(self, timesteps: tuple[float, ...], latents: torch.Tensor) -> torch.Tensor:
+        """`(batch, 1)` or `(batch, frames)`, filled on the device, since a copy to it would wait."""
+        shape = latents.shape[0], len(timesteps)
+        tensor = self._inputs.empty(("timesteps", len(timesteps)), shape, torch.float32, latents.device)
+        start = 0
+        for timestep, run in itertools.groupby(timesteps):
+            stop = start + len(list(run))
+            tensor[:, start:stop].fill_(timestep)
+            start = stop
+        return tensor
+
+    def keep_newest(self, num_tokens: int) -> None:
+        """Forget all but the sink and the newest tokens. A newest chunk that stays whole can still be overwritten."""
+        for branch, cache in enumerate(self.caches):
+            cache.keep_newest(num_tokens)
+            if not cache.newest_tokens:
+                self._newest[branch] = None
+
+    def reset(self) -> None:
+        for cache in self.caches:
+            cache.reset()
+        self.conditions.forget()
+        self._newest = [None] * len(self.caches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "caches": [cache.state_dict() for cache in self.caches],
+            "newest": list(self._newest),
+            "attention_kwargs": self._attention_kwargs,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        for cache, saved in zip(self.caches, state["caches"], strict=True):
+            cache.load_state_dict(saved, device)
+        self._newest = list(state["newest"])
+        self._attention_kwargs = state["attention_kwargs"]
+
+    def fork(self) -> "Expert":
+        twin = Expert(self.transformer, [cache.fork() for cache in self.caches], dict(self._attention_kwargs))
+        twin._newest = list(self._newest)
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(cache.allocated_bytes for cache in self.caches)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of what forwards read beside weights, keys and values."""
+        return self._inputs.nbytes + self.conditions.nbytes + sum(cache.slots.nbytes for cache in self.caches)
+
+
+class Denoiser:
+    """The transformer of one video, under its prompt.
+
+    Args:
+        total_frames (`int`, *optional*): Latent frames of the video, if it has an end.
+        prompt, negative_prompt_embeds: The negative one `(batch, text_tokens, text_dim)` is used with guidance.
+        attention_kwargs (`dict`, *optional*): Passed to the transformer; `scale` is the LoRA scale.
+    """
+
+    def __init__(
+        self,
+        components: WanComponents,
+        config: RolloutConfig,
+        total_frames: int | None,
+        prompt: PromptState,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.prompt = prompt
+        self.negative_prompt_embeds = negative_prompt_embeds
+        self.guidance_scale = config.guidance_scale
+        self._tokens_per_frame = components.tokens_per_frame(config)
+        branches = 2 if config.do_classifier_free_guidance else 1
+        caches = [components.new_kv_cache(config, total_frames) for _ in range(branches)]
+        self.experts = [Expert(components.transformer, caches, attention_kwargs or {})]
+
+    def predict(self, latents: torch.Tensor, window: Window) -> torch.Tensor:
+        """The guided flow, shaped as `latents` `(batch, channels, frames, height, width)`."""
+        flows = []
+        for branch, embeds in enumerate(self._embeds):
+            flow = self.experts[0].forward(latents, window, branch, embeds)
+            assert flow is not None
+            flows.append(flow)
+        if len(flows) == 1:
+            return flows[0]
+        flow, negative_flow = flows
+        return negative_flow + self.guidance_scale * (flow - negative_flow)
+
+    def cache_context(self, latents: torch.Tensor, window: Window, skip_prompt: bool = False) -> None:
+        """Write keys and values of finished latents to the caches of all experts.
+
+        Args:
+            skip_prompt (`bool`): Leave out the prompt's cache, which is about to be rewritten.
+        """
+        for expert in self.experts:
+            for branch, embeds in enumerate(self._embeds):
+                if branch > 0 or not skip_prompt:
+                    expert.forward(latents, window, branch, embeds, context_only=True)
+
+    def rewrite_context(self, latents: torch.Tensor, window: Window, keep_sink: bool) -> None:
+        """Replace what the caches of the prompt hold, or all but the sink, in one pass over finished latents."""
+        for expert in self.experts:
+            expert.rewrite(latents, window, 0, self.prompt.embeds, keep_sink)
+
+    def set_prompt(self, prompt: PromptState) -> None:
+        """Use another prompt from the next forward on, without touching the caches."""
+        self.prompt = prompt
+
+    def keep_newest(self, num_frames: int) -> None:
+        """Forget all but the sink and the newest frames, under every prompt. A newest chunk that stays whole can still
+        be overwritten."""
+        for expert in self.experts:
+            expert.keep_newest(num_frames * self._tokens_per_frame)
+
+    def pin_newest(self, name: str, num_frames: int) -> None:
+        """Protect the first frames of the newest chunk from eviction, in the place of what was pinned under `name`."""
+        for cache in self._caches:
+            cache.pin_newest(name, num_frames * self._tokens_per_frame)
+
+    def jump(self, num_frames: float) -> None:
+        """Move the next chunk away from the past in time; by a float there is no end to positions any more."""
+        for cache in self._caches:
+            cache.positions.jump(num_frames)
+
+    def notice_adapters(self) -> None:
+        """Drop what was computed under other LoRA adapters than the present ones, but for keys and values."""
+        for expert in self.experts:
+            expert.conditions.notice_adapters(expert.transformer)
+
+    def reset(self) -> None:
+        """Forget the video, but not the prompt."""
+        for expert in self.experts:
+            expert.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "negative_prompt_embeds": self.negative_prompt_embeds,
+            "experts": [expert.state_dict() for expert in self.experts],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.prompt = state["prompt"]
+        self.negative_prompt_embeds = state["negative_prompt_embeds"]
+        for expert, saved in zip(self.experts, state["experts"], strict=True):
+            expert.load_state_dict(saved, device)
+
+    def fork(self) -> "Denoiser":
+        """A copy with caches of its own; prompts and models are shared."""
+        twin = copy.copy(self)
+        twin.experts = [expert.fork() for expert in self.experts]
+        return twin
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(expert.nbytes for expert in self.experts)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of what forwards read beside weights, keys and values: latents, time, rotary tables, slot numbers."""
+        return sum(expert.input_bytes for expert in self.experts)
+
+    @property
+    def text_kv_bytes(self) -> int:
+        """Bytes of the prompts' keys and values."""
+        return sum(expert.conditions.text_kv_bytes for expert in self.experts)
+
+    @property
+    def _embeds(self) -> list[torch.Tensor]:
+        """Of the prompt and, with guidance, of the negative one."""
+        embeds = [self.prompt.embeds]
+        if len(self.experts[0].caches) == 2 and self.negative_prompt_embeds is not None:
+            embeds.append(self.negative_prompt_embeds)
+        return embeds
+
+    @property
+    def _caches(self) -> list[WanKVCache]:
+        return [cache for expert in self.experts for cache in expert.caches]

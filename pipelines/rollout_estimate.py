@@ -1,0 +1,58 @@
+"""What a rollout will take, known before anything runs."""
+
+from dataclasses import dataclass
+
+from wan_autoregressive.configs.registry import SAMPLERS
+from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.components import WanComponents
+from wan_autoregressive.pipelines.input_checks import check_extensions, check_sizes
+
+
+@dataclass(frozen=True)
+class RolloutEstimate:
+    """Chunks and latent frames (given ones included), transformer forwards, and bytes that are held between steps.
+
+    A video without end has no counts; without a window its cache grows and `kv_cache_bytes` is `None` as well.
+    `text_kv_bytes` are the cross-attention keys and values of a prompt of `max_sequence_length` tokens, and with
+    guidance of the negative one, in the model's dtype.
+    """
+
+    chunks: int | None
+    latent_frames: int | None
+    forwards: int | None
+    kv_cache_bytes: int | None
+    text_kv_bytes: int
+    vae_state_bytes: int | None
+
+
+def estimate_rollout(
+    components: WanComponents, config: RolloutConfig, given_frames: int, batch_size: int
+) -> RolloutEstimate:
+    """Count without running anything. Raises `ValueError` as the rollout itself would."""
+    check_extensions(config)
+    check_sizes(components, config, given_frames)
+    first, later = (
+        config.num_source_steps(scheduler.num_inference_steps) for scheduler in components.schedulers(config)
+    )
+    branches = 2 if config.do_classifier_free_guidance else 1
+    grid = components.frame_grid(config, given_frames)
+    transformer, codec = components.transformer, components.codec
+    forwards = SAMPLERS.load(config.sampler).num_forwards(config, grid, (first, later))
+    cache_bytes = vae_bytes = None
+    cached_frames = config.window_frames or grid.total_frames
+    if cached_frames is not None:
+        tokens = cached_frames * components.tokens_per_frame(config)
+        cache = components.new_kv_cache(config, grid.total_frames)
+        cache_bytes = branches * transformer.kv_cache_bytes(tokens, batch_size, cache)
+    # As many numbers per token as the self-attention has.
+    text_bytes = branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
+    if codec is not None:
+        vae_bytes = codec.state_bytes(batch_size, config.height, config.width)
+    return RolloutEstimate(
+        chunks=None if grid.total_frames is None else sum(1 for _ in grid),
+        latent_frames=grid.total_frames,
+        forwards=forwards,
+        kv_cache_bytes=cache_bytes,
+        text_kv_bytes=text_bytes,
+        vae_state_bytes=vae_bytes,
+    )

@@ -1,0 +1,141 @@
+"""What all ways to sample have in common."""
+
+import copy
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+
+from wan_autoregressive.configs.registry import SOLVERS
+from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.components import Schedulers
+from wan_autoregressive.pipelines.denoiser import Denoiser, Window
+from wan_autoregressive.pipelines.frame_grid import Chunk, FrameGrid
+from wan_autoregressive.pipelines.latent_history import LatentHistory
+from wan_autoregressive.pipelines.noise import NoiseSource
+from wan_autoregressive.pipelines.source_video import SourceVideo
+from wan_autoregressive.pipelines.timings import StageTimings
+from wan_autoregressive.schedulers import SelfForcingScheduler, StepSolver
+
+
+class StepObserver(Protocol):
+    """Who is told of every denoising step: the rollout."""
+
+    interrupted: bool
+    """Whether the sampler shall stop after the step under way."""
+
+    def step_done(self, chunk: Chunk, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+        """The latents to go on with, after a step on those of a chunk."""
+
+
+@dataclass
+class SamplingContext:
+    """What a sampler works with. The rollout owns it all."""
+
+    config: RolloutConfig
+    grid: FrameGrid
+    denoiser: Denoiser
+    schedulers: Schedulers
+    noise: NoiseSource
+    history: LatentHistory
+    """Clean latents of the chunks that are done."""
+    observer: StepObserver
+    given_latents: torch.Tensor | None = None
+    """`(batch, channels, frames, height, width)` that come first in the video."""
+    source: SourceVideo | None = None
+    """Of video to video."""
+    timings: StageTimings | None = None
+    """Of the chunk in the making."""
+
+    def scheduler_of(self, chunk: Chunk) -> SelfForcingScheduler:
+        """The first generated chunk may have a step list of its own."""
+        first, later = self.schedulers
+        return first if chunk.start == self.grid.first_generated_frame else later
+
+    def new_solver(self, chunk: Chunk) -> StepSolver:
+        """For the steps of one chunk."""
+        return SOLVERS.load(self.config.solver)(self.scheduler_of(chunk))
+
+
+class Sampler:
+    """Makes the latents of a video, chunk by chunk.
+
+    A subclass gives `next_chunk` and, where its past needs writing, `cache_past`. What it remembers from chunk to
+    chunk goes through `state_dict`, `load_state_dict`, `fork` and `reset`. It is found by its name in
+    `configs.registry.SAMPLERS`; the keywords of its constructor are its `sampler_options`.
+    """
+
+    denoises_by_chunk: ClassVar[bool] = False
+    """Whether a chunk goes through its steps by itself, so that any solver will do and given frames may be in it."""
+
+    def __init__(self, context: SamplingContext) -> None:
+        self.context = context
+
+    @classmethod
+    def check(cls, config: RolloutConfig) -> None:
+        """Raise `ValueError` for settings that this sampler cannot work with; no model has run yet."""
+        try:
+            inspect.signature(cls).bind(None, **config.sampler_options)
+        except TypeError as error:
+            raise ValueError(f"sampler_options do not fit sampler {config.sampler!r}: {error}") from error
+        if config.solver != "renoise" and not cls.denoises_by_chunk:
+            raise ValueError(
+                f"sampler {config.sampler!r} noises frames anew between steps; it works with solver 'renoise', got "
+                f"{config.solver!r}"
+            )
+        if config.given_in_chunk and not cls.denoises_by_chunk:
+            raise ValueError(f"given_in_chunk does not work with sampler {config.sampler!r}; leave it out")
+
+    def prepare(self, chunk: Chunk) -> Chunk:
+        """Take what a chunk needs from outside, before anything runs; it may come out shorter.
+
+        Raises:
+            SourceEndedError: the source video has nothing left for it.
+        """
+        return chunk
+
+    def cache_past(self, skip_prompt: bool = False) -> None:
+        """Bring the caches up to date with the chunks that are done, before a prompt changes or a chunk begins.
+
+        Args:
+            skip_prompt (`bool`): Leave out the prompt's cache, which is about to be rewritten.
+        """
+
+    def next_chunk(self, chunk: Chunk) -> torch.Tensor:
+        """Finished latents `(batch, channels, frames, height, width)` of a chunk to generate."""
+        raise NotImplementedError
+
+    def cache_given(self, chunk: Chunk, latents: torch.Tensor) -> None:
+        """Write given latents `(batch, channels, frames, height, width)` to the caches."""
+        self.context.denoiser.cache_context(latents, Window(chunk.frames, (0.0,)))
+
+    @classmethod
+    def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
+        """Forwards of a whole video under one prompt, or `None` if that is not known.
+
+        Args:
+            steps: Denoising steps of the first generated chunk and of the later ones.
+        """
+        return None
+
+    def reset(self) -> None:
+        """Forget the video."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers from chunk to chunk: plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+
+    def fork(self, context: SamplingContext) -> Self:
+        """A copy that goes on from here on its own, with another context."""
+        twin = copy.copy(self)
+        twin.context = context
+        return twin
+
+
+def shortened(chunk: Chunk, num_frames: int) -> Chunk:
+    """The first frames of a chunk."""
+    return replace(chunk, stop=chunk.start + num_frames)

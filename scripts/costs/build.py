@@ -1,0 +1,81 @@
+"""Pipelines with random weights of a given size: speed does not depend on what the weights are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from torch import nn
+
+from wan_autoregressive.configs.choices import OutputType
+from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
+from wan_autoregressive.pipelines import WanAutoregressivePipeline
+from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.schedulers import SelfForcingScheduler
+from wan_autoregressive.scripts.costs.workload import Workload
+
+
+def build_pipeline(workload: Workload) -> WanAutoregressivePipeline:
+    """A pipeline without text encoder, its weights made on the device. The global random state is left as it was.
+
+    As in a loaded checkpoint, what diffusers keeps in float32 (norms, time embedding, modulation) stays float32.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    device, dtype = usable_device(workload.device), getattr(torch, workload.dtype)
+    cuda_devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda_devices), device:
+        torch.manual_seed(workload.seed)
+        transformer = CausalWanTransformer3DModel.from_config(dict(workload.model.transformer))
+        vae = AutoencoderKLWan.from_config(dict(workload.model.vae)) if workload.with_vae else None
+    for model in (transformer, vae):
+        if model is not None:
+            cast_weights(model.eval().requires_grad_(False), dtype, model._keep_in_fp32_modules)
+    if vae is not None and workload.vae_tiling:
+        vae.enable_tiling()
+    pipe = WanAutoregressivePipeline(None, None, transformer, vae, SelfForcingScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; ValueError if this machine has none."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def prompt_embeds(workload: Workload) -> torch.Tensor:
+    """Random text `(1, text_tokens, text_dim)`; its padding would be attended to all the same."""
+    generator = torch.Generator().manual_seed(workload.seed)
+    shape = (1, workload.rollout.max_sequence_length, workload.model.transformer["text_dim"])
+    return torch.randn(shape, generator=generator).to(workload.device, getattr(torch, workload.dtype))
+
+
+def start_rollout(pipe: WanAutoregressivePipeline, workload: Workload, decode: bool = True) -> WanRollout:
+    """The rollout of this workload, with random text and noise."""
+    output_type: OutputType = "pt" if decode and pipe.vae is not None else "latent"
+    return pipe.rollout(
+        **dataclasses.asdict(dataclasses.replace(workload.rollout, output_type=output_type)),
+        prompt_embeds=prompt_embeds(workload),
+        generator=torch.Generator().manual_seed(workload.seed),
+    )
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype, keep: Collection[str] | None = None) -> None:
+    """Cast all parameters in place but those of the modules named in `keep`."""
+    kept = set(keep or ())
+    for name, parameter in model.named_parameters():
+        if not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+def weights_bytes(*models: nn.Module | None) -> int:
+    """Bytes of the parameters of all models that are there."""
+    return sum(parameter.nbytes for model in models if model is not None for parameter in model.parameters())

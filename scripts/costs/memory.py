@@ -1,0 +1,166 @@
+"""The memory that a rollout of a given size takes, computed on torch's meta device: tensors have shapes and no data.
+
+What is held is summed up; what is made and freed again is counted operation by operation, as PyTorch runs them one
+after another. Neither has scratch memory inside a kernel, the rounding of an allocator, or a device's own context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import UMT5Config, UMT5EncoderModel
+
+from wan_autoregressive.models.codec import codec_of
+from wan_autoregressive.pipelines.denoiser import Window
+from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode, flop_counter
+from wan_autoregressive.scripts.costs.build import build_pipeline, cast_weights, start_rollout, weights_bytes
+from wan_autoregressive.scripts.costs.formulas import costs_per_chunk
+from wan_autoregressive.scripts.costs.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one video, and floating-point operations of a steady chunk (without a window: of the last one)."""
+
+    transformer_bytes: int
+    vae_bytes: int
+    text_encoder_bytes: int
+    """0 for a checkpoint without one."""
+    kv_cache_bytes: int
+    text_kv_bytes: int
+    vae_state_bytes: int
+    latents_bytes: int
+    """Of the window, which a re-cache starts from, and of the chunk in the making."""
+    input_bytes: int
+    """What forwards read beside weights, keys and values: rotary tables above all."""
+    forward_peak_bytes: int
+    """Most that one forward of the transformer has at once beside all of the above."""
+    decode_peak_bytes: int
+    """Most that decoding one chunk has at once beside all of the above; the decoder's next state is in it."""
+    flops: dict[str, int]
+    """By stage; a multiply-add counts as 2."""
+
+    @property
+    def held_bytes(self) -> int:
+        """What lives as long as the video."""
+        keys_values = self.kv_cache_bytes + self.text_kv_bytes
+        return keys_values + self.vae_state_bytes + self.latents_bytes + self.input_bytes
+
+    @property
+    def most_bytes(self) -> dict[str, int]:
+        """Most at once, by what is on the device."""
+        models = self.transformer_bytes + self.vae_bytes
+        forward, decode = self.forward_peak_bytes, self.decode_peak_bytes
+        without_text = models + self.held_bytes + max(forward, decode)
+        return {
+            "all_models": without_text + self.text_encoder_bytes,
+            "without_text_encoder": without_text,
+            "decode_alongside": models + self.held_bytes + forward + decode,
+            "transformer_alone": self.transformer_bytes + self.held_bytes + forward,
+            "vae_alone": self.vae_bytes + self.held_bytes + decode,
+        }
+
+
+@torch.no_grad()
+def estimate_memory(workload: Workload) -> MemoryEstimate:
+    """Compute the memory of a rollout, whatever `workload.device` is; takes seconds, and memory for no tensor.
+
+    Raises:
+        ValueError: sizes that the model cannot take.
+    """
+    workload = dataclasses.replace(workload, device="meta")
+    pipe = build_pipeline(workload)
+    held = pipe.estimate(**dataclasses.asdict(workload.rollout))
+    windowed = workload.rollout.window_frames is not None
+    steady_chunk = workload.chunks_to_fill + 1 if windowed else workload.chunks - 1
+    decode, decode_flops = count_decode(workload)
+    rollout, forward = _count_forward(workload, steady_chunk)
+    return MemoryEstimate(
+        transformer_bytes=weights_bytes(pipe.transformer),
+        vae_bytes=weights_bytes(pipe.vae),
+        text_encoder_bytes=_text_encoder_bytes(workload),
+        kv_cache_bytes=held.kv_cache_bytes or 0,
+        text_kv_bytes=held.text_kv_bytes,
+        vae_state_bytes=held.vae_state_bytes or 0,
+        latents_bytes=rollout.history.nbytes + _latents(workload).nbytes,
+        input_bytes=rollout.denoiser.input_bytes,
+        forward_peak_bytes=forward.peak_bytes,
+        decode_peak_bytes=decode.peak_bytes,
+        flops={stage: costs.flops for stage, costs in costs_per_chunk(workload, steady_chunk).items()}
+        | {"decode": decode_flops[1]},
+    )
+
+
+@torch.no_grad()
+def count_decode(workload: Workload) -> tuple[AllocationCounts, tuple[int, int]]:
+    """Memory of decoding a chunk after the first; floating-point operations of the first and of any later one."""
+    if not workload.with_vae:
+        return AllocationCounts(), (0, 0)
+    workload = dataclasses.replace(workload, model=workload.model.with_layers(1), device="meta")
+    decoder, latents = codec_of(build_pipeline(workload).vae).decoder(), _latents(workload)
+    flops = []
+    for _ in ("first", "later"):
+        counts = AllocationCounts()
+        with _FusedAttention(), flop_counter() as counter, AllocationMode(counts):
+            decoder.decode(latents)
+        flops.append(counter.get_total_flops())
+    return counts, (flops[0], flops[1])
+
+
+def _latents(workload: Workload) -> torch.Tensor:
+    """Of a chunk, in float32 as a rollout has them."""
+    return torch.empty(workload.latents_shape, device=workload.device)
+
+
+def _text_encoder_bytes(workload: Workload) -> int:
+    """As transformers loads it, which keeps `wo` in float32 where the rest is float16."""
+    if workload.model.text_encoder is None:
+        return 0
+    with torch.device("meta"):
+        encoder = UMT5EncoderModel(UMT5Config(**workload.model.text_encoder))
+    kept = encoder._keep_in_fp32_modules if workload.dtype == "float16" else ()
+    cast_weights(encoder, getattr(torch, workload.dtype), kept)
+    return weights_bytes(encoder)
+
+
+def _count_forward(workload: Workload, chunk_index: int) -> tuple[WanRollout, AllocationCounts]:
+    """Of the first forward of a chunk, with the rollout that is then at that chunk.
+
+    Two layers have the peak of all: a layer leaves nothing but what is held.
+    """
+    model = workload.model.with_layers(min(workload.model.layers, 2))
+    workload = dataclasses.replace(workload, model=model, with_vae=False)
+    rollout, latents = start_rollout(build_pipeline(workload), workload), _latents(workload)
+
+    def forward(timestep: float, index: int) -> None:
+        start = index * workload.rollout.chunk_frames
+        window = Window(range(start, start + workload.rollout.chunk_frames), (timestep,))
+        rollout.denoiser.predict(latents, window)
+
+    timesteps = [*rollout.schedulers[1].timesteps.tolist(), workload.rollout.context_noise]
+    counts = AllocationCounts()
+    with _FusedAttention():
+        for index in range(chunk_index):
+            for timestep in timesteps if index == 0 else timesteps[:1]:  # each is embedded once
+                forward(timestep, index)
+            rollout.history.append(latents)
+        with AllocationMode(counts):
+            forward(timesteps[0], chunk_index)
+    return rollout, counts
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as one kernel, as devices have it; on the meta device PyTorch would write all scores to memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _fused_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]

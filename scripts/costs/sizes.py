@@ -1,0 +1,142 @@
+"""Sizes of models: those of the published checkpoints, or read from a checkpoint folder. No torch in here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wan_autoregressive.demo import demo_checkpoint
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the weights' shapes follow from, and the pixels of a video unless others are asked for."""
+
+    name: str
+    transformer: Mapping[str, Any]
+    """Config of `WanTransformer3DModel`."""
+    vae: Mapping[str, Any]
+    """Config of `AutoencoderKLWan`."""
+    text_encoder: Mapping[str, Any] | None
+    """Config of `UMT5EncoderModel`; `None` for a folder without one."""
+    height: int
+    width: int
+
+    @classmethod
+    def of_preset(cls, name: str) -> ModelSizes:
+        """One of `PRESETS`; ValueError for another name."""
+        if name not in PRESETS:
+            raise ValueError(f"the preset is {name!r}; allowed are {', '.join(PRESETS)}")
+        if name == "demo":
+            return replace(cls.of_folder(demo_checkpoint()), name=name, height=64, width=64)
+        return _PUBLISHED[name]
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> ModelSizes:
+        """Read from the configs of a checkpoint in diffusers' layout; ValueError if there is none."""
+        folder = Path(folder)
+        text_encoder = _config(folder, "text_encoder") if (folder / "text_encoder").is_dir() else None
+        return cls(folder.name, _config(folder, "transformer"), _config(folder, "vae"), text_encoder, 480, 832)
+
+    def with_layers(self, layers: int) -> ModelSizes:
+        """The same with another number of transformer blocks."""
+        if layers < 1:
+            raise ValueError(f"layers is {layers}; it must be at least 1")
+        return replace(self, transformer={**self.transformer, "num_layers": layers})
+
+    @property
+    def layers(self) -> int:
+        return int(self.transformer["num_layers"])
+
+    @property
+    def dim(self) -> int:
+        return int(self.transformer["num_attention_heads"] * self.transformer["attention_head_dim"])
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return int(self.transformer["in_channels"])
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent cell, before patching."""
+        return int(self.vae["scale_factor_spatial"])
+
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames per latent frame after the first."""
+        return int(self.vae["scale_factor_temporal"])
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Latent height and width; ValueError if the pixels are not whole patches."""
+        _, *patch = self.transformer["patch_size"]
+        units = [self.spatial_factor * side for side in patch]
+        if min(height, width) < 1 or height % units[0] or width % units[1]:
+            raise ValueError(
+                f"the size is {height}x{width}; {self.name} takes positive multiples of {units[0]}x{units[1]} pixels"
+            )
+        return height // self.spatial_factor, width // self.spatial_factor
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame."""
+        rows, columns = self.latent_size(height, width)
+        _, patch_height, patch_width = self.transformer["patch_size"]
+        return int((rows // patch_height) * (columns // patch_width))
+
+
+def _config(folder: Path, part: str) -> dict[str, Any]:
+    path = folder / part / "config.json"
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint in '{folder}': {part}/config.json is missing")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _transformer(heads: int, ffn_dim: int, layers: int, channels: int = 16) -> dict[str, Any]:
+    return {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": ffn_dim,
+        "num_layers": layers,
+        "rope_max_seq_len": 1024,
+    }
+
+
+# What differs from the defaults of `AutoencoderKLWan`, and the factors.
+_WAN21_VAE = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
+_WAN22_VAE = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+_UMT5_XXL = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+_PUBLISHED = {
+    "1.3b": ModelSizes("1.3b", _transformer(12, 8960, 30), _WAN21_VAE, _UMT5_XXL, 480, 832),
+    "5b": ModelSizes("5b", _transformer(24, 14336, 30, channels=48), _WAN22_VAE, _UMT5_XXL, 704, 1280),
+    "14b": ModelSizes("14b", _transformer(40, 13824, 40), _WAN21_VAE, _UMT5_XXL, 480, 832),
+}
+PRESETS = ("demo", *_PUBLISHED)

@@ -1,0 +1,177 @@
+"""Renders one video of `wan-ar generate` after the other on a pipeline that is loaded: mp4, report, contact sheet."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from wan_autoregressive.configs import GenerateConfig
+from wan_autoregressive.contact_sheet import write_contact_sheet
+from wan_autoregressive.scripts.earlier_runs import finished_seed
+from wan_autoregressive.scripts.errors import VideoIsWholeError
+from wan_autoregressive.scripts.generate_inputs import Job, Pixels, check_prompts
+from wan_autoregressive.scripts.interrupts import SoftStop
+from wan_autoregressive.scripts.load_pipeline import with_model_defaults
+from wan_autoregressive.scripts.output_files import OutputFiles
+from wan_autoregressive.scripts.output_lock import hold_output
+from wan_autoregressive.scripts.resumable_render import (
+    Checkpointing,
+    Progress,
+    discard,
+    find_progress,
+    pixels_sha256,
+    render_resumable,
+)
+from wan_autoregressive.scripts.run_report import RunTimes, describe_device, write_chunk, write_report
+from wan_autoregressive.video_writer import VideoWriter
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job."""
+
+    job: Job
+    state: Literal["made", "already there", "failed"]
+    summary: str = ""
+    """For a reader, one line; empty for a failure, whose `error` says what is to be said."""
+    error: Exception | None = None
+
+
+@dataclass
+class RenderWorker:
+    """Renders jobs that differ in prompt and output only. Holds nothing of a video between two of them.
+
+    Args:
+        pipe: The loaded pipeline.
+        asked: The settings as they were given; what they leave to the model is filled in here.
+        seed: Of every job that does not go on with an earlier run.
+        given: Frames that each video starts from, or with a strength is made from.
+        chunks: How many a video will have, for the bar.
+        load_s: Seconds that loading the pipeline took, for the reports.
+        checkpointing: Whether and how often to save, and whether to go on.
+        decode_alongside: Decode a chunk while the next one is denoised.
+        stop: Looked at after each chunk if there is checkpointing.
+        tell: Called with lines that the user should read before a video is begun.
+    """
+
+    pipe: Any
+    asked: GenerateConfig
+    seed: int
+    given: Pixels | None = None
+    chunks: int | None = None
+    load_s: float = 0.0
+    checkpointing: Checkpointing | None = None
+    decode_alongside: bool = False
+    stop: SoftStop = dataclasses.field(default_factory=SoftStop)
+    tell: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.config = with_model_defaults(self.asked, self.pipe)
+
+    def render(self, job: Job) -> Outcome:
+        """Render a video unless it is there, made with the same settings. Never raises but for a stop."""
+        if finished_seed(job.output, config_of(self.config, job)) is not None:
+            return Outcome(job, "already there", f"{job.output}: already there, made with the same settings")
+        try:
+            with hold_output(job.output):
+                return self.make(
+                    job, find_progress(job.output, config_of(self.asked, job), self.given, self.checkpointing)
+                )
+        except Exception as error:
+            return Outcome(job, "failed", error=error)
+
+    def make(self, job: Job, progress: Progress | None = None) -> Outcome:
+        """Render a video, or the rest of it, whose output is held.
+
+        Args:
+            progress: What an earlier run saved of it.
+
+        Raises:
+            ValueError, OSError: wrong input; nothing was written.
+            RuntimeError: something failed on the way (`VideoWriteError`, `VideoIsWholeError`, out of memory).
+        """
+        config = config_of(self.config, job)
+        warning = check_prompts(self.pipe, config, job.prompt)
+        if warning is not None:
+            self.tell(warning)
+        if self.checkpointing is None:
+            seed, times = self.seed, self._render(config, job)
+        else:
+            if progress is None:
+                if self.checkpointing.resume:
+                    self.tell(f"{job.output}: nothing is saved of it; starting from the beginning")
+                asked = config_of(self.asked, job).model_dump(mode="json")
+                progress = Progress(asked, pixels_sha256(self.given), self.seed)
+            seed, times = progress.seed, self._render_resumable(config, job, progress, self.checkpointing)
+        times.stages["load"] = self.load_s
+        try:
+            self._write_report(config, job, seed, times)
+            if self.checkpointing is not None:
+                discard(job.output)
+        except (OSError, RuntimeError) as error:
+            raise VideoIsWholeError(f"'{job.output}' is whole, but what comes with it failed: {error}") from error
+        size = f"{config.rollout.width * config.scale}x{config.rollout.height * config.scale}"
+        rate = f"{times.frames_per_second:.2f} frames/s, first after {times.first_chunk_s or 0:.2f} s"
+        summary = f"{job.output}: {times.frames} frames of {size} in {times.total_s:.1f} s ({rate}), seed {seed}"
+        return Outcome(job, "made", summary)
+
+    def _render(self, config: GenerateConfig, job: Job) -> RunTimes:
+        """Render one video to its mp4, chunk by chunk, with a progress bar on a terminal."""
+        times = RunTimes()
+        start = time.perf_counter()
+        video = self.pipe.stream(
+            job.prompt, decode_alongside=self.decode_alongside, **rollout_arguments(config, self.seed, self.given)
+        )
+        with (
+            tqdm(total=self.chunks, desc=job.output.name, unit="chunk", disable=None) as bar,
+            VideoWriter(job.output, fps=config.fps, scale=config.scale) as writer,
+            closing(video),
+        ):
+            for chunk in video:
+                write_chunk(chunk, writer, times, start, bar)
+            with times.measure("encode"):
+                writer.close()
+        times.total_s = time.perf_counter() - start
+        return times
+
+    def _render_resumable(
+        self, config: GenerateConfig, job: Job, progress: Progress, checkpointing: Checkpointing
+    ) -> RunTimes:
+        arguments = {"prompt": job.prompt} | rollout_arguments(config, progress.seed, self.given)
+        return render_resumable(
+            *(self.pipe, config, job.output, arguments, progress, checkpointing.every_chunks, self.chunks, self.stop),
+            decode_alongside=self.decode_alongside,
+        )
+
+    def _write_report(self, config: GenerateConfig, job: Job, seed: int, times: RunTimes) -> None:
+        files = OutputFiles(job.output)
+        dtype = str(self.pipe.transformer.dtype).removeprefix("torch.")
+        done = config.model_copy(update={"seed": seed})
+        device = describe_device(self.pipe.device)
+        write_report(files.report, done, device, dtype, times, self.decode_alongside)
+        if config.contact_sheet:
+            write_contact_sheet(job.output, files.contact_sheet)
+
+
+def config_of(config: GenerateConfig, job: Job) -> GenerateConfig:
+    """The config of one video of a run."""
+    return config.model_copy(update={"prompt": job.prompt, "prompts": None, "output": job.output})
+
+
+def rollout_arguments(config: GenerateConfig, seed: int, given: Pixels | None) -> dict[str, Any]:
+    """What the pipeline is given for one video, beside its prompt."""
+    import torch
+
+    video = given if given is None or config.rollout.strength is not None else given[None]
+    return config.rollout_settings() | {
+        "prompt_schedule": config.prompt_schedule(),
+        "negative_prompt": config.negative_prompt,
+        "generator": torch.Generator("cpu").manual_seed(seed),  # the same noise whatever the device
+        "video": video,
+    }
