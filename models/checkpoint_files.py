@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,23 @@ ENTRY_NAMES = ("generator_ema", "generator", "model", "state_dict")
 StateDict = dict[str, torch.Tensor]
 
 # How `torch.load` words a refusal; its other unpickling errors are about bytes that are no pickle.
-_ASKS_FOR_CODE = re.compile(r"Unsupported (?:global|class)|unrecognized function|allowed global|blocklisted")
+_ASKS_FOR_CODE = re.compile(
+    r"unsupported (?:global|class)|unrecognized function|allowed global|is blocked|blocklisted", re.IGNORECASE
+)
+# What a pickle begins with when `torch.save` did not write it: a newer protocol than its own, 2.
+_FOREIGN_PICKLES = (b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def load_checkpoint(path: str | Path, weights: str = "auto") -> StateDict:
+def load_checkpoint(path: str | Path, weights: str = "auto", entries: Sequence[str] = ENTRY_NAMES) -> StateDict:
     """Loads a state dict on the CPU, in the names it is stored under; memory-mapped where the format allows.
 
     Args:
         path: a `.pt`, `.pth`, `.bin` or `.safetensors` file, the `.index.json` of a sharded safetensors checkpoint,
             or a folder: a diffusers pipeline or transformer folder, or any with one (sharded) safetensors
             checkpoint or one pickle in it.
-        weights: the entry of a file that holds several: `"auto"` takes the first present of `ENTRY_NAMES`, or the
+        weights: the entry of a file that holds several: `"auto"` takes the first present of `entries`, or the
             file itself when it is a bare state dict; another value must be the name of an entry.
+        entries: names to look for, best first.
 
     Raises:
         ValueError: one line; the path is missing, damaged, of an unknown kind, holds anything but tensors, or has
@@ -53,7 +60,7 @@ def load_checkpoint(path: str | Path, weights: str = "auto") -> StateDict:
     if path.suffix == ".safetensors":
         return _bare(_load_safetensors(path), weights, path)
     if path.suffix in PICKLE_SUFFIXES:
-        return _pick_weights(_load_pickle(path), weights, path)
+        return _pick_weights(_load_pickle(path), weights, entries, path)
     raise ValueError(
         f"The checkpoint {path} has an unknown ending; allowed are {', '.join(PICKLE_SUFFIXES)}, .safetensors, "
         ".safetensors.index.json or a folder."
@@ -80,12 +87,14 @@ def _load_pickle(path: Path) -> Any:
     """`torch.load(weights_only=True)` with every failure turned into one line."""
     is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as file:
-        if not is_zip and file.read(4) == b"PK\x03\x04":
+        start = file.read(4)
+        if not is_zip and start == b"PK\x03\x04":
             raise ValueError(f"The checkpoint {path} is damaged: its zip archive is cut off. Download it again.")
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings(action="ignore"):  # of what is then refused
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if _ASKS_FOR_CODE.search(str(error)):
+        if _ASKS_FOR_CODE.search(str(error)) or start.startswith(_FOREIGN_PICKLES):
             raise ValueError(
                 f"The checkpoint {path} holds Python objects other than tensors and is refused, because reading them "
                 "could run code. Ask its author for a file of tensors only (.safetensors)."
@@ -96,13 +105,13 @@ def _load_pickle(path: Path) -> Any:
         raise ValueError(f"The checkpoint {path} is not a torch checkpoint, or is damaged: {_line(error)}") from error
 
 
-def _pick_weights(content: Any, weights: str, path: Path) -> StateDict:
+def _pick_weights(content: Any, weights: str, entries: Sequence[str], path: Path) -> StateDict:
     """The state dict in what a pickle held: an entry such as `generator_ema`, or all of it."""
     if not isinstance(content, dict) or not content:
         raise ValueError(f"The checkpoint {path} holds {_kind(content)}, not a dict of named tensors.")
     nested = [name for name, value in content.items() if isinstance(value, dict) and value]
     if weights == "auto":
-        present = [name for name in ENTRY_NAMES if name in nested]
+        present = [name for name in entries if name in nested]
         if not present and nested:
             raise ValueError(
                 f"The checkpoint {path} has the entries {_names(content)}; choose one that holds the transformer with "

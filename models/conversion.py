@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import nn
 
 from wan_autoregressive.models.checkpoint_files import load_checkpoint
@@ -20,49 +21,14 @@ __all__ = ["check_state_dict", "convert_wan_state_dict", "load_checkpoint"]
 # Wrapper modules add a level anywhere in a name; it holds no weights of its own.
 _WRAPPER_LEVELS = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _LEADING_LEVELS = re.compile(r"^(?:(?:model|module|diffusion_model)\.)+")
-_BLOCK = re.compile(r"^(blocks\.\d+)\.(.+)$")
-
-# Modules: the parameter's own name (`weight`, `bias`) stays.
-_MODULES = {
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "head.head": "proj_out",
-}
-_PARAMETERS = {
-    "head.modulation": "scale_shift_table",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-}
-_ATTENTION_MODULES = {
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "o": "to_out.0",
-    "norm_q": "norm_q",
-    "norm_k": "norm_k",
-    "k_img": "add_k_proj",
-    "v_img": "add_v_proj",
-    "norm_k_img": "norm_added_k",
-}
-# The original numbers its norms self-attention, feed-forward, cross-attention; diffusers in order of use. Only the
-# cross-attention norm has weights, so `norm3` in a state dict is always an original name and `norm2` diffusers'.
-_BLOCK_MODULES = {
-    **{f"self_attn.{old}": f"attn1.{new}" for old, new in _ATTENTION_MODULES.items()},
-    **{f"cross_attn.{old}": f"attn2.{new}" for old, new in _ATTENTION_MODULES.items()},
-    "norm3": "norm2",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-}
-_BLOCK_PARAMETERS = {"modulation": "scale_shift_table"}
-
-_DIFFUSERS_MODULES = frozenset(_MODULES.values())
-_DIFFUSERS_BLOCK_MODULES = frozenset(_BLOCK_MODULES.values())
+# What occurs in diffusers' names only; `patch_embedding.weight` and a few others occur in both schemes. Of the norms
+# only that of the cross-attention has weights: the original calls it `norm3`, diffusers `norm2`.
+_IN_DIFFUSERS = re.compile(
+    r"^(?:condition_embedder|proj_out)\.|(?:^|\.)scale_shift_table$|\.(?:attn[12]|ffn\.net|norm2|norm_added_k)\."
+)
+# Of first-and-last-frame models; diffusers' converter does not know it.
+_POSITIONS = {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}
+_OF_OTHER_MODELS = ("motion_encoder.", "face_adapter.")  # whose values the converter changes
 
 
 def convert_wan_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -93,7 +59,7 @@ def convert_wan_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
             )
         if target != plain:
             first_original = first_original or source
-        elif _is_diffusers_name(plain):
+        elif _IN_DIFFUSERS.search(plain):
             first_diffusers = first_diffusers or source
         source_of[target] = source
         converted[target] = tensor
@@ -107,24 +73,12 @@ def convert_wan_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
 
 def _diffusers_name(name: str) -> str:
     """One original parameter name, prefixes removed, to diffusers; any other name unchanged."""
-    block = _BLOCK.match(name)
-    prefix, local = (f"{block[1]}.", block[2]) if block else ("", name)
-    parameters, modules = (_BLOCK_PARAMETERS, _BLOCK_MODULES) if block else (_PARAMETERS, _MODULES)
-    module, _, leaf = local.rpartition(".")
-    if local in parameters:
-        return prefix + parameters[local]
-    if module in modules:
-        return f"{prefix}{modules[module]}.{leaf}"
-    return name
-
-
-def _is_diffusers_name(name: str) -> bool:
-    """Whether the name occurs in diffusers' scheme only (`patch_embedding.weight` occurs in both)."""
-    block = _BLOCK.match(name)
-    local = block[2] if block else name
-    if local == "scale_shift_table" or name in _PARAMETERS.values():
-        return True
-    return local.rpartition(".")[0] in (_DIFFUSERS_BLOCK_MODULES if block else _DIFFUSERS_MODULES)
+    if name in _POSITIONS:
+        return _POSITIONS[name]
+    if _IN_DIFFUSERS.search(name) or name.startswith(_OF_OTHER_MODELS):
+        return name
+    (renamed,) = convert_wan_transformer_to_diffusers({name: None})
+    return renamed
 
 
 def check_state_dict(

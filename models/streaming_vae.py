@@ -3,9 +3,16 @@
 `AutoencoderKLWan.decode` clears its temporal cache on entry and exit, so calling it once per chunk gives seams and too
 few frames. Inside, however, it works one latent frame at a time and carries a plain list of features from frame to
 frame. The classes here drive the same submodules (`vae.decoder`, `vae.encoder` and the 1x1x1 convolutions beside them)
-with lists of their own. The result is bitwise equal to the whole `vae.decode` / `vae.encode` for every split into
-chunks, the VAE stays untouched, and any number of streams can share it. (One exception, on CPU: for latents of 1 x 1 a
-1x1x1 convolution over one frame and over many take different matrix kernels, which differ in the last bit.)
+with lists of their own. The result is that of the whole `vae.decode` / `vae.encode` for every split into chunks, the
+VAE stays untouched, and any number of streams can share it.
+
+Which bits are the same: everything but the 1x1x1 convolution beside the encoder or decoder is computed by the same
+calls on the same shapes as upstream, frame by frame, and so to the bit. That convolution runs over all frames at once
+upstream and over those of one call here: a matrix product with fewer columns (frames x height x width of the latents),
+for which a library may take another kernel that rounds differently. In float32 on CPU, MKL does so for a single column
+where it uses AVX-512, and where it uses AVX2 for numbers that are no multiple of 16; pixels and moments then differ by
+less than 1e-5. Chunks of the same lengths give the same bits on one machine with one number of threads. With tiling
+upstream convolves frame by frame too, and nothing differs.
 
 The submodules replace the entries of such a list and never write into a cached tensor. Copying the list is therefore
 enough for a rollback point or for a fork.
@@ -33,7 +40,7 @@ _ENCODE_STEP_FRAMES = 4  # pixel frames per encoder call after the first frame; 
 
 
 class StreamingVaeDecoder(VaeStream):
-    """Latents in, pixels out, in chunks of any length; bitwise equal to one `vae.decode` over all of them.
+    """Latents in, pixels out, in chunks of any length; equal to one `vae.decode` over all of them (see the module).
 
     Follows the VAE's `use_tiling` and `use_slicing` as they are when the stream starts.
     """
@@ -65,7 +72,7 @@ class StreamingVaeDecoder(VaeStream):
 
 
 class StreamingVaeEncoder(VaeStream):
-    """Pixels in, latents out, chunk by chunk; bitwise equal to one `vae.encode` over all of them.
+    """Pixels in, latents out, chunk by chunk; equal to one `vae.encode` over all of them (see the module).
 
     Follows the VAE's `use_tiling` and `use_slicing` as they are when the stream starts.
     """

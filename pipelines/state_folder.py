@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from wan_autoregressive.atomic_file import replaced_file, sync_file
+
 FORMAT_VERSION = 2
 _INDEX = "state.json"
-_TENSORS = re.compile(r"state-[0-9a-f]{16}\.safetensors|\.state-\d+\.(json|safetensors)\.part")
+_OURS = re.compile(r"state-[0-9a-f]{16}\.safetensors|\.state-\d+\.(json|safetensors)\.part")
 
 
 def has_state(folder: str | os.PathLike[str]) -> bool:
@@ -40,29 +43,22 @@ def write_state(folder: str | os.PathLike[str], content: dict[str, Any], tensors
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".state-{os.getpid()}.safetensors.part"
-    index_part = folder / f".state-{os.getpid()}.json.part"
+    # A name of its own: until the index names it, it belongs to nobody, and the next save removes it.
+    path = folder / f"state-{secrets.token_hex(8)}.safetensors"
     try:
-        _save_tensors(part, tensors)
-        digest = file_sha256(part)
-        name = f"state-{digest[:16]}.safetensors"
-        described = {"file": name, "bytes": part.stat().st_size, "sha256": digest}
-        os.replace(part, folder / name)
-        document = {"format": FORMAT_VERSION, **content, "tensors": described}
-        document["checksum"] = _checksum(document)
-        with open(index_part, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(index_part, folder / _INDEX)
-    finally:
-        part.unlink(missing_ok=True)
-        index_part.unlink(missing_ok=True)
+        _save_tensors(path, tensors)
+        described = {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    document = {"format": FORMAT_VERSION, **content, "tensors": described}
+    document["checksum"] = _checksum(document)
+    with replaced_file(folder / _INDEX, part=folder / f".state-{os.getpid()}.json.part") as part:
+        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     _sync_folder(folder)
-    for path in folder.iterdir():
-        if path.name != name and _TENSORS.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    for other in folder.iterdir():
+        if other != path and _OURS.fullmatch(other.name):
+            other.unlink(missing_ok=True)
 
 
 def read_content(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -113,12 +109,9 @@ def read_state(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex, read in blocks."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum(document: dict[str, Any]) -> str:
@@ -139,8 +132,7 @@ def _save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         found = re.search(r"os error (\d+)", str(error))
         code = int(found[1]) if found else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ encoder and VAE are those of the Wan model they were trained from (`base`), and 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,11 +18,10 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 from wan_autoregressive.models.conversion import check_state_dict, convert_wan_state_dict, load_checkpoint
-from wan_autoregressive.scripts.checkpoint_layout import (
-    new_checkpoint_folder,
-    write_model_index,
-    write_scheduler,
-)
+from wan_autoregressive.models.lora import LoraFactors, load_lora
+from wan_autoregressive.models.sharded_weights import write_sharded
+from wan_autoregressive.scripts.checkpoint_layout import new_checkpoint_folder, write_model_index, write_scheduler
+from wan_autoregressive.scripts.load_pipeline import check_layers, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COPIED_COMPONENTS = ("tokenizer", "text_encoder", "vae")
@@ -42,6 +41,8 @@ def convert_checkpoint(
     warp: bool = True,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
 ) -> Path:
     """Writes a complete pipeline folder from transformer weights and the folder of the Wan model they belong to.
 
@@ -56,7 +57,9 @@ def convert_checkpoint(
             embedder, modulation tables) are stored so whatever the dtype.
         denoising_steps, shift, warp: the recipe the checkpoint was trained for.
         overwrite: replace an existing checkpoint at `output`.
-        max_shard_size: of one safetensors file.
+        max_shard_size: of one safetensors file, and with it of the memory that this takes.
+        lora: a LoRA to merge into the weights, see `load_lora`.
+        lora_scale: its strength: 1 as it was trained, 0 without it.
 
     Returns:
         `output` as a path.
@@ -66,9 +69,11 @@ def convert_checkpoint(
         OSError: the disk is full or not writable.
     """
     base, output = Path(base).expanduser(), Path(output)
-    index, transformer_config = _read_base(base)
-    _refuse_overlap(base, Path(checkpoint), output)
-    transformer = _skeleton(transformer_config, base)
+    index, config = _read_base(base)
+    for role, source in (("base", base), ("checkpoint", Path(checkpoint)), ("LoRA", Path(lora or base))):
+        _refuse_overlap(role, source, output)
+    if base.resolve() in output.expanduser().resolve().parents:
+        raise ValueError(f"The output {output} lies in the base folder {base}; name a folder apart from the base.")
     with new_checkpoint_folder(output, overwrite) as partial:
         # First what is quick to refuse, then the gigabytes.
         write_scheduler(partial, denoising_steps, shift, warp)
@@ -76,11 +81,23 @@ def convert_checkpoint(
             partial, index["tokenizer"][1], index["text_encoder"][1], bool(index.get("expand_timesteps", False))
         )
         state_dict = convert_wan_state_dict(load_checkpoint(checkpoint, weights))
+        check_layers("transformer", config, state_dict, base / "transformer" / "config.json")
+        transformer = _skeleton(config, base)
         check_state_dict(state_dict, transformer)
-        # assign keeps the tensors as they are, memory-mapped if they were: a 14B model is never whole in memory
-        # unless its dtype changes.
-        transformer.load_state_dict(_storable(state_dict, dtype), assign=True)
-        transformer.save_pretrained(partial / "transformer", max_shard_size=max_shard_size)
+        factors = {} if lora is None else _read_lora(lora, lora_scale, state_dict)
+        transformer.save_config(partial / "transformer")
+        # What is memory-mapped stays so: a 14B model is never whole in memory.
+        described = {
+            name: tensor.to("meta", _stored_dtype(name, tensor, dtype)) for name, tensor in state_dict.items()
+        }
+
+        def make(name: str) -> torch.Tensor:
+            weight = state_dict[name]
+            if name in factors:
+                weight = factors[name].merged_into(weight, lora_scale)
+            return weight.to(described[name].dtype)
+
+        write_sharded(partial / "transformer", described, make, max_shard_size)
         for name in _COPIED_COMPONENTS:
             shutil.copytree(base / name, partial / name, copy_function=_link_or_copy)
     return output
@@ -90,8 +107,8 @@ def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model index and the transformer config of a Wan folder in diffusers layout."""
     if not base.is_dir():
         raise ValueError(f"The base {base} is not a folder; give a downloaded Wan model in diffusers layout.")
-    index = _read_json(base / "model_index.json")
-    config = _read_json(base / "transformer" / "config.json")
+    index = read_json(base / "model_index.json")
+    config = read_json(base / "transformer" / "config.json")
     if not str(config.get("_class_name", "")).endswith("WanTransformer3DModel"):
         raise ValueError(
             f"The base {base} is not a Wan model: its transformer is a {config.get('_class_name')}, expected a "
@@ -108,26 +125,11 @@ def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return index, config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"The base has no {path}; give a complete Wan model in diffusers layout.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"The file {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"The file {path} holds a {type(content).__name__}, expected a JSON object.")
-    return content
-
-
-def _refuse_overlap(base: Path, checkpoint: Path, output: Path) -> None:
-    """Replacing `output` must not delete what is read, and `base` must not change."""
-    target = output.expanduser().resolve()
-    for role, source in (("base", base.resolve()), ("checkpoint", checkpoint.expanduser().resolve())):
-        if source == target or target in source.parents:
-            raise ValueError(f"The {role} {source} lies in the output folder {target}; name another output.")
-    if base.resolve() in target.parents:
-        raise ValueError(f"The output {target} lies in the base folder {base}; name a folder apart from the base.")
+def _refuse_overlap(role: str, source: Path, output: Path) -> None:
+    """Replacing `output` must not delete what is read."""
+    read, target = source.expanduser().resolve(), output.expanduser().resolve()
+    if read == target or target in read.parents:
+        raise ValueError(f"The {role} {read} lies in the output folder {target}; name another output.")
 
 
 def _skeleton(config: dict[str, Any], base: Path) -> WanTransformer3DModel:
@@ -139,16 +141,28 @@ def _skeleton(config: dict[str, Any], base: Path) -> WanTransformer3DModel:
         raise ValueError(f"The file {base / 'transformer' / 'config.json'} describes no Wan model: {error}") from error
 
 
-def _storable(state_dict: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The weights in `dtype`, each owning its memory: safetensors refuses views that share a buffer."""
+def _read_lora(path: str | Path, scale: float, state_dict: dict[str, torch.Tensor]) -> dict[str, LoraFactors]:
+    """A LoRA that was checked against the weights it will be merged into."""
+    if not math.isfinite(scale):
+        raise ValueError(f"The strength of the LoRA is {scale}; it must be a number (1 as it was trained).")
+    factors = load_lora(path)
+    unknown = [name for name in factors if name not in state_dict]
+    if unknown:
+        raise ValueError(f"The LoRA {path} is for weights that the model does not have ({', '.join(unknown[:3])}).")
+    for name, factor in factors.items():
+        try:
+            factor.check_fits(state_dict[name])
+        except ValueError as error:
+            raise ValueError(f"The LoRA {path} does not fit the model: {name} has {error}.") from error
+    return factors
+
+
+def _stored_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype a weight has after loading in `dtype`: diffusers keeps some modules in float32."""
+    if dtype is None:
+        return tensor.dtype
     keep_float32 = WanTransformer3DModel._keep_in_fp32_modules
-    storable = {}
-    for name, tensor in state_dict.items():
-        if dtype is not None:
-            tensor = tensor.to(torch.float32 if any(part in keep_float32 for part in name.split(".")) else dtype)
-        is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
-        storable[name] = tensor.detach().clone() if is_view else tensor.detach()
-    return storable
+    return torch.float32 if any(part in keep_float32 for part in name.split(".")) else dtype
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -189,6 +203,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME",
         help="entry of the checkpoint, such as generator_ema or generator (default: generator_ema if there is one)",
     )
+    parser.add_argument("--lora", metavar="FILE", help="a LoRA to merge into the weights, as peft saves it")
+    parser.add_argument(
+        "--lora-scale", type=float, default=1.0, metavar="X", help="strength of the LoRA (default: 1, as trained)"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the stored weights (default: keep)")
     parser.add_argument(
         "--steps",
@@ -216,6 +234,8 @@ def run(args: argparse.Namespace) -> int:
         shift=args.shift,
         warp=not args.no_warp,
         overwrite=args.overwrite,
+        lora=args.lora,
+        lora_scale=args.lora_scale,
     )
     print(f"Wrote {output}.")
     return 0

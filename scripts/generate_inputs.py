@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.configs.read_yaml import read_text
-from wan_autoregressive.media import load_image, load_video
+from wan_autoregressive.media.reading import load_image, load_video
+from wan_autoregressive.media.video_writer import check_writable_folder
 from wan_autoregressive.scripts.output_files import check_output_files
-from wan_autoregressive.video_writer import check_writable_folder
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ _COMPONENTS = {
     "scheduler": None,
 }
 _VOCABULARIES = ("tokenizer.json", "spiece.model")
+# What the weights of a layer are called, in the components that have `num_layers` of them.
+_LAYER_NAMES = {"transformer": re.compile(r"blocks\.(\d+)\."), "text_encoder": re.compile(r"encoder\.block\.(\d+)\.")}
 
 
 def model_folder(config: GenerateConfig) -> Path:
@@ -61,26 +64,45 @@ def check_model_folder(folder: Path) -> None:
         raise ValueError(
             f"the model folder '{folder}' is incomplete: 'tokenizer' holds neither {' nor '.join(_VOCABULARIES)}"
         )
+    names: dict[str, set[str]] = {component: set() for component in _COMPONENTS}
     for path in sorted(folder.rglob("*.safetensors")):
         try:
             # Opening compares the header with the size of the file and reads no weights.
-            with safe_open(path, framework="np"):
-                pass
+            with safe_open(path, framework="np") as file:
+                names.setdefault(path.parent.name, set()).update(file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"the weights in '{path}' are damaged or cut off: {error}") from error
+    for config_path in (folder / component / "config.json" for component in ("transformer", "text_encoder", "vae")):
+        component = config_path.parent.name
+        config = read_json(config_path) if config_path.is_file() else {}
+        if component in _LAYER_NAMES and names[component]:
+            check_layers(component, config, names[component], config_path)
+
+
+def check_layers(component: str, config: dict[str, Any], names: Iterable[str], config_path: Path) -> None:
+    """Raise ValueError if a config claims more layers than there are weights for; building a million takes minutes."""
+    numbers = [int(found[1]) for found in map(_LAYER_NAMES[component].match, names) if found]
+    layers, found = config.get("num_layers"), max(numbers, default=-1) + 1
+    if isinstance(layers, int) and layers > found:
+        raise ValueError(f"'{config_path}' says num_layers is {layers}, and there are weights for {found}")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / "model_index.json"
+    if not path.exists():
+        raise ValueError(f"'{folder}' is not a checkpoint folder: it has no model_index.json")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; ValueError when there is none."""
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"'{folder}' is not a checkpoint folder: it has no model_index.json") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read '{path}': {error}") from error
-    if not isinstance(index, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"cannot read '{path}': it must hold a JSON object")
-    return index
+    return content
 
 
 def load_pipeline(config: GenerateConfig) -> Any:

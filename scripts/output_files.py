@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan_autoregressive.video_writer import check_video_target
+from wan_autoregressive.media.video_writer import check_video_target
 
 
 @dataclass(frozen=True)

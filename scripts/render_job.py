@@ -12,7 +12,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from wan_autoregressive.configs import GenerateConfig
-from wan_autoregressive.contact_sheet import write_contact_sheet
+from wan_autoregressive.media.contact_sheet import write_contact_sheet
+from wan_autoregressive.media.video_writer import VideoWriter
 from wan_autoregressive.scripts.earlier_runs import finished_seed
 from wan_autoregressive.scripts.errors import VideoIsWholeError
 from wan_autoregressive.scripts.generate_inputs import Job, Pixels, check_prompts
@@ -29,7 +30,6 @@ from wan_autoregressive.scripts.resumable_render import (
     render_resumable,
 )
 from wan_autoregressive.scripts.run_report import RunTimes, describe_device, write_chunk, write_report
-from wan_autoregressive.video_writer import VideoWriter
 
 
 @dataclass(frozen=True)

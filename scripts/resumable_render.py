@@ -22,12 +22,12 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from wan_autoregressive.configs import GenerateConfig
+from wan_autoregressive.media.segments import join_segments
+from wan_autoregressive.media.video_writer import VideoWriteError, VideoWriter
 from wan_autoregressive.scripts.earlier_runs import first_difference
 from wan_autoregressive.scripts.interrupts import SoftStop
 from wan_autoregressive.scripts.output_files import OutputFiles
 from wan_autoregressive.scripts.run_report import STAGES, RunTimes, write_chunk
-from wan_autoregressive.segments import join_segments
-from wan_autoregressive.video_writer import VideoWriteError, VideoWriter
 
 _OURS = re.compile(r"state\.json|state-[0-9a-f]{16}\.safetensors|\.state-\d+\..*\.part|segment-\d+(\.part)?\.mp4")
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any
 import yaml
 
 from wan_autoregressive._version import __version__
+from wan_autoregressive.atomic_file import write_text
 from wan_autoregressive.configs import GenerateConfig
 
 STAGES = ("load", "text", "given", "denoise", "clean_pass", "decode", "encode")
@@ -118,16 +117,7 @@ def write_report(
         "frames_per_second": round(times.frames_per_second, 4),
         "steady_frames_per_second": _rounded(times.steady_frames_per_second),
     }
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -173,9 +163,3 @@ def human_bytes(count: int) -> str:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

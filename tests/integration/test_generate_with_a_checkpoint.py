@@ -12,7 +12,6 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import yaml
-from tiny_checkpoint import make_tiny_checkpoint
 
 from wan_autoregressive.scripts import cli
 
@@ -135,6 +134,23 @@ def break_the_config(folder: Path) -> None:
     (folder / "transformer" / "config.json").write_text("not json")
 
 
+def edit_config(folder: Path, part: str, **changes: object) -> None:
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def claim_a_million_blocks(folder: Path) -> None:
+    edit_config(folder, "transformer", num_layers=1_000_000)  # to build them would take minutes and gigabytes
+
+
+def claim_a_million_text_layers(folder: Path) -> None:
+    edit_config(folder, "text_encoder", num_layers=1_000_000)
+
+
+def null_the_vae_config(folder: Path) -> None:
+    (folder / "vae" / "config.json").write_text("null")
+
+
 def lose_the_tokenizer_files(folder: Path) -> None:
     for path in (folder / "tokenizer").iterdir():
         path.unlink()
@@ -153,7 +169,10 @@ def lose_the_tokenizer_files(folder: Path) -> None:
         (leave_a_pointer, "are damaged or cut off"),
         (lose_the_weights, "cannot load the model"),
         (become_a_pickle, "cannot load the model"),
-        (break_the_config, "cannot load the model"),
+        (break_the_config, "cannot read"),
+        (null_the_vae_config, "must hold a JSON object"),
+        (claim_a_million_blocks, "says num_layers is 1000000, and there are weights for"),
+        (claim_a_million_text_layers, "says num_layers is 1000000, and there are weights for"),
         (lose_the_tokenizer_files, "holds neither tokenizer.json nor spiece.model"),
     ],
 )

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
-
-from wan_autoregressive.scripts.tiny_checkpoint import make_tiny_checkpoint
+from tiny_checkpoint import make_tiny_checkpoint
 
 
 def make_wan22_folder(folder: Path) -> Path:

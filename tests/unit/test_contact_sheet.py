@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_autoregressive.contact_sheet import GAP_PIXELS, write_contact_sheet
-from wan_autoregressive.video_writer import VideoWriter
+from wan_autoregressive.media.contact_sheet import GAP_PIXELS, save_contact_sheet, write_contact_sheet
+from wan_autoregressive.media.video_writer import VideoWriter
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,23 @@ def test_shows_frames_from_start_to_end(tmp_path, frames, shown, grid):
         assert abs(sheet[top + 8, left + 16] - int(levels[cell * every])) <= 4
 
 
+def test_frames_in_memory_are_laid_out_the_same(tmp_path):
+    frames = np.arange(5 * 2 * 3 * 3, dtype=np.uint8).reshape(5, 2, 3, 3)
+    save_contact_sheet(frames, tmp_path / "a.png", columns=3, scale=2)
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    assert (sheet[::2, ::2] == sheet[1::2, 1::2]).all()
+    sheet = sheet[::2, ::2]
+    assert sheet.shape == (3 * GAP_PIXELS + 2 * 2, 4 * GAP_PIXELS + 3 * 3, 3)
+    inner = [sheet[top : top + 2, left : left + 3] for top in (2, 6) for left in (2, 7, 12)]
+    assert np.array_equal(np.stack(inner[:5]), frames)
+    assert (inner[5] == sheet[0, 0]).all()
+
+
 def test_refuses_what_is_no_video(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a readable video"):
         write_contact_sheet(tmp_path / "a.mp4", tmp_path / "a.png")
     with VideoWriter(tmp_path / "b.mp4", fps=8) as writer:
         writer.write(np.zeros((2, 16, 16, 3), np.uint8))
-    with pytest.raises(RuntimeError, match="could not write the contact sheet"):
+    with pytest.raises(FileNotFoundError, match=r"missing/b\.png"):
         write_contact_sheet(tmp_path / "b.mp4", tmp_path / "missing" / "b.png")

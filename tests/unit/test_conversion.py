@@ -1,16 +1,18 @@
-"""Weight names and checkpoint files: diffusers' own converter is the oracle for names, damaged files for errors."""
+"""Weight names and checkpoint files: what they become, what is missed, and what is damaged or harmful."""
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import save_file
 
 from wan_autoregressive.models.checkpoint_files import load_checkpoint
@@ -43,10 +45,33 @@ def assert_same_objects(got: dict[str, torch.Tensor], expected: dict[str, torch.
 # Names
 
 
-def test_names_are_those_of_diffusers_own_converter(original: dict[str, torch.Tensor]) -> None:
+NAMES = {
+    "patch_embedding.weight": "patch_embedding.weight",
+    "text_embedding.0.weight": "condition_embedder.text_embedder.linear_1.weight",
+    "text_embedding.2.bias": "condition_embedder.text_embedder.linear_2.bias",
+    "time_embedding.0.weight": "condition_embedder.time_embedder.linear_1.weight",
+    "time_projection.1.bias": "condition_embedder.time_proj.bias",
+    "blocks.2.modulation": "blocks.2.scale_shift_table",
+    "blocks.2.self_attn.q.weight": "blocks.2.attn1.to_q.weight",
+    "blocks.2.self_attn.k.bias": "blocks.2.attn1.to_k.bias",
+    "blocks.2.self_attn.norm_q.weight": "blocks.2.attn1.norm_q.weight",
+    "blocks.2.cross_attn.v.weight": "blocks.2.attn2.to_v.weight",
+    "blocks.2.cross_attn.o.bias": "blocks.2.attn2.to_out.0.bias",
+    "blocks.2.cross_attn.norm_k.weight": "blocks.2.attn2.norm_k.weight",
+    "blocks.2.norm3.bias": "blocks.2.norm2.bias",
+    "blocks.2.ffn.0.weight": "blocks.2.ffn.net.0.proj.weight",
+    "blocks.2.ffn.2.weight": "blocks.2.ffn.net.2.weight",
+    "head.modulation": "scale_shift_table",
+    "head.head.weight": "proj_out.weight",
+}
+
+
+def test_every_weight_gets_its_name(original: dict[str, torch.Tensor]) -> None:
+    """Those that have the shape of another are written down here; shapes tell the rest apart."""
     converted = convert_wan_state_dict(original)
-    assert_same_objects(converted, convert_wan_transformer_to_diffusers(dict(original)))
     assert converted.keys() == skeleton().state_dict().keys()
+    assert all(converted[new] is original[old] for old, new in NAMES.items())
+    assert [id(tensor) for tensor in converted.values()] == [id(tensor) for tensor in original.values()]
     check_state_dict(converted, skeleton())
 
 
@@ -59,10 +84,13 @@ def test_image_to_video_names(original: dict[str, torch.Tensor]) -> None:
         image[f"{attention}.norm_k_img.weight"] = torch.zeros(1)
     state_dict = {**original, **image}
     converted = convert_wan_state_dict(state_dict)
-    assert_same_objects(converted, convert_wan_transformer_to_diffusers(dict(state_dict)))
+    assert converted["blocks.1.attn2.add_k_proj.weight"] is image["blocks.1.cross_attn.k_img.weight"]
+    assert converted["blocks.1.attn2.norm_added_k.weight"] is image["blocks.1.cross_attn.norm_k_img.weight"]
+    assert converted["condition_embedder.image_embedder.norm1.weight"] is image["img_emb.proj.0.weight"]
+    assert converted["condition_embedder.image_embedder.ff.net.2.weight"] is image["img_emb.proj.3.weight"]
     assert converted.keys() == skeleton(image_dim=24, added_kv_proj_dim=80).state_dict().keys()
 
-    # First-and-last-frame models add positions, which diffusers' single-file converter does not know.
+    # First-and-last-frame models add positions.
     converted = convert_wan_state_dict({**state_dict, "img_emb.emb_pos": torch.zeros(1)})
     expected = skeleton(image_dim=24, added_kv_proj_dim=80, pos_embed_seq_len=514).state_dict()
     assert converted.keys() == expected.keys()
@@ -226,26 +254,31 @@ def test_truncated_files(kept: float, kind: str, tmp_path: Path, original: dict[
     one_line_error(path, "damaged")
 
 
-class Payload:
-    """Unpickled without care, it creates a file."""
+class Call:
+    """Unpickled without care, it calls a function."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
 
     def __reduce__(self) -> Any:
-        return (Path.touch, (self.target,))
+        return self.call
 
 
+@pytest.mark.parametrize("function", [Path.touch, os.mkfifo, os.popen, eval, open, functools.partial])
 @pytest.mark.parametrize("writer", ["torch", "torch legacy", "pickle"])
-def test_a_pickle_with_code_is_refused_and_not_run(writer: str, tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(
+    writer: str, function: Callable[..., Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     path, target = tmp_path / "x.pt", tmp_path / "touched"
-    content = {"generator": {"a": torch.zeros(1), "b": Payload(target)}}
+    argument = target if function is Path.touch else f"open({str(target)!r}, 'w')" if function is eval else str(target)
+    content = {"generator": {"a": torch.zeros(1), "b": Call(function, argument)}}
     if writer == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
-    one_line_error(path, "refused" if writer != "pickle" else "checkpoint")
+    one_line_error(path, "refused, because reading them could run code")
     assert not target.exists()
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

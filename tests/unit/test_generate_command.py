@@ -17,8 +17,8 @@ import torch
 import yaml
 from PIL import Image
 
+from wan_autoregressive.media.video_writer import VideoWriteError, VideoWriter
 from wan_autoregressive.scripts import cli, generate
-from wan_autoregressive.video_writer import VideoWriteError, VideoWriter
 
 
 @dataclass

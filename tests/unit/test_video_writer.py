@@ -1,5 +1,6 @@
 """The mp4 writer: what is decoded again is what was given, and no failure leaves a file under the final name."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -14,10 +15,11 @@ from typing import IO
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 
-from wan_autoregressive import video_writer
-from wan_autoregressive.ffmpeg import count_video_frames, ffmpeg_executable, has_hybrid_fragmented
-from wan_autoregressive.video_writer import VideoWriteError, VideoWriter
+from wan_autoregressive.media import video_writer
+from wan_autoregressive.media.ffmpeg import count_video_frames, ffmpeg_executable, has_hybrid_fragmented
+from wan_autoregressive.media.video_writer import VideoWriteError, VideoWriter
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (128, 128, 128), (200, 60, 20)]
 
@@ -80,6 +82,21 @@ def test_uint8_frames_reach_ffmpeg_without_a_copy(tmp_path: Path) -> None:
             assert all(np.shares_memory(part, frames) == (batch.base is frames and len(batch) == 4) for part in given)
 
     write_then(tmp_path / "x.mp4", record)
+
+
+def test_tensors_on_the_cpu_are_taken_as_they_are(tmp_path: Path) -> None:
+    frames = noise(6)
+    for name, batch in (("array", frames), ("uint8", torch.from_numpy(frames))):
+        with VideoWriter(tmp_path / f"{name}.mp4") as writer:
+            writer.write(batch)
+            assert np.shares_memory(np.asarray(batch), frames)
+    with VideoWriter(tmp_path / "float.mp4") as writer:
+        writer.write(torch.from_numpy(frames) / 255)
+        for odd in (torch.zeros(1, 64, 64, 3, dtype=torch.bfloat16), torch.zeros(1, 64, 64, 3, requires_grad=True)):
+            with pytest.raises(ValueError, match="cannot be read as a NumPy array"):
+                writer.write(odd)
+    array, integers, floats = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("array", "uint8", "float"))
+    assert array == integers == floats
 
 
 def test_frames_come_back_in_order_with_their_size_rate_and_colour(tmp_path: Path) -> None:
@@ -182,8 +199,15 @@ def test_targets_that_cannot_be_written_are_found_at_once(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"ends in \.mp4"):
         VideoWriter(tmp_path / "x.avi")
+    with pytest.raises(ValueError, match="line break"):
+        VideoWriter(tmp_path / "two\nlines.mp4")
     with pytest.raises(OSError, match="is a folder"):
         VideoWriter(tmp_path / "folder.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(OSError, match="is a pipe, a device or a socket"):
+        VideoWriter(tmp_path / "pipe.mp4")
+    with pytest.raises(OSError, match="File name too long"):
+        VideoWriter(tmp_path / f"{'x' * 240}.mp4")
     with pytest.raises(OSError, match="does not exist"):
         VideoWriter(tmp_path / "missing" / "x.mp4")
     with pytest.raises(OSError, match="is not a folder"):
@@ -191,6 +215,49 @@ def test_targets_that_cannot_be_written_are_found_at_once(tmp_path: Path) -> Non
     if Path("/proc/self").is_dir():
         with pytest.raises(OSError, match="cannot write to the output folder '/proc'"):
             VideoWriter("/proc/x.mp4")
+
+
+@pytest.mark.parametrize("kind", ["link", "dead link", "pipe", "folder"])
+def test_what_stands_where_frames_go_first_is_neither_followed_nor_waited_for(tmp_path: Path, kind: str) -> None:
+    part, precious = tmp_path / "x.part.mp4", tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    if kind == "pipe":
+        os.mkfifo(part)
+    elif kind == "folder":
+        part.mkdir()
+    else:
+        part.symlink_to(precious if kind == "link" else tmp_path / "nothing")
+    with pytest.raises(OSError, match=r"x\.part\.mp4', where frames go at first, is a link, a folder, a pipe"):
+        VideoWriter(tmp_path / "x.mp4")
+    assert precious.read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "x.part.mp4"]
+
+
+def test_a_link_at_the_target_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "x.mp4").symlink_to(tmp_path / "precious")
+    write_then(tmp_path / "x.mp4", lambda writer: None)
+    assert not (tmp_path / "x.mp4").is_symlink()
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_a_part_that_another_process_left_is_not_written_into(tmp_path: Path) -> None:
+    """Its ffmpeg may still have it open."""
+    (tmp_path / "x.part.mp4").write_bytes(b"of another")
+    with open(tmp_path / "x.part.mp4", "rb") as other:
+        write_then(tmp_path / "x.mp4", lambda writer: None)
+        assert other.read() == b"of another"
+    assert count_video_frames(tmp_path / "x.mp4") == 4
+
+
+def test_an_ffmpeg_that_cannot_be_started_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_writer, "ffmpeg_executable", lambda: "/bin/true")
+    with VideoWriter(tmp_path / "x.mp4") as writer:
+        writer._executable = str(tmp_path / "missing")
+        monkeypatch.setattr(video_writer, "has_hybrid_fragmented", lambda executable: True)
+        with pytest.raises(VideoWriteError, match=r"could not write .*ffmpeg could not be started: .*missing"):
+            writer.write(noise(1))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_frame_leaves_no_file_and_an_older_video_alone(tmp_path: Path) -> None:
@@ -255,7 +322,7 @@ def _run_child(body: str, tmp_path: Path, **options: object) -> subprocess.Popen
     head = """
         import sys, numpy as np
         from pathlib import Path
-        from wan_autoregressive.video_writer import VideoWriter, VideoWriteError
+        from wan_autoregressive.media.video_writer import VideoWriter, VideoWriteError
         rng = np.random.default_rng(0)
         noise = lambda n: rng.integers(0, 256, (n, 64, 64, 3), dtype=np.uint8)
         target = Path(sys.argv[1]) / "x.mp4"
@@ -305,36 +372,41 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("victim", ["writer", "both"])
-def test_a_kill_leaves_a_playable_part_with_most_frames(tmp_path: Path, victim: str) -> None:
+def test_a_kill_of_writer_and_encoder_together_costs_one_frame(tmp_path: Path) -> None:
+    """The last, which is stored when the next one comes. The chunks are of the size of a model's."""
     body = """
         import time
         writer = VideoWriter(target)
-        for _ in range(50):
-            writer.write(noise(4))
-        time.sleep(1)
+        for chunk in (9, 12, 12):
+            writer.write(noise(chunk))
         print(writer._process.pid, flush=True)
         time.sleep(60)
     """
     child = _run_child(body, tmp_path)
     assert child.stdout is not None
     encoder = int(child.stdout.readline())
-    if victim == "both":
-        os.kill(encoder, signal.SIGKILL)
+    part = tmp_path / "x.part.mp4"
+    assert _wait_for_frames(part, 32) == 32
+    os.killpg(encoder, signal.SIGKILL)
     child.kill()
     child.communicate()
-    part = tmp_path / "x.part.mp4"
-    wanted = 200 if victim == "writer" else 130
-    found = _wait_for_frames(part, wanted)
-    assert found >= wanted
+    assert len(iio.imread(part, plugin="FFMPEG")) == 32
     assert not (tmp_path / "x.mp4").exists()
-    assert len(iio.imread(part, plugin="FFMPEG")) == found
+
+
+def test_a_kill_of_the_writer_alone_costs_nothing(tmp_path: Path) -> None:
+    """The encoder finishes the part file when its input ends."""
+    child = _run_child("VideoWriter(target).write(noise(21)); import os, signal; os.kill(os.getpid(), 9)", tmp_path)
+    child.communicate()
+    assert _wait_for_frames(tmp_path / "x.part.mp4", 21) == 21
+    assert not (tmp_path / "x.mp4").exists()
 
 
 def _wait_for_frames(path: Path, wanted: int) -> int:
-    """Give the encoder, which outlives its writer for a moment, time to finish the file."""
+    """Give the encoder time to encode what it was given, and to finish a file that its writer left."""
     for _ in range(100):
-        if (found := count_video_frames(path)) >= wanted:
-            break
+        with contextlib.suppress(ValueError):  # there is nothing yet
+            if (found := count_video_frames(path)) >= wanted:
+                return found
         time.sleep(0.1)
-    return found
+    raise AssertionError(f"{path} never held {wanted} frames")

@@ -1,13 +1,18 @@
 """Reading what a video starts from: covers the size, crops at the centre, refuses what is damaged."""
 
+import struct
+import subprocess
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from wan_autoregressive.media import load_image, load_video
-from wan_autoregressive.video_writer import VideoWriter
+from wan_autoregressive.media import ffmpeg, reading
+from wan_autoregressive.media.reading import load_image, load_video
+from wan_autoregressive.media.video_writer import VideoWriter
 
 
 def thirds(height: int, width: int) -> np.ndarray:
@@ -71,6 +76,64 @@ def test_a_clip_is_read_whole_or_up_to_a_count(tmp_path: Path) -> None:
 def test_a_clip_can_be_resampled_to_another_rate(tmp_path: Path, fps: float, frames: int) -> None:
     _clip(tmp_path / "a.mp4")
     assert len(load_video(tmp_path / "a.mp4", 16, 16, fps=fps)) == frames
+
+
+def test_a_gap_of_a_day_is_filled_no_further_than_is_read(tmp_path: Path) -> None:
+    """Left to itself ffmpeg fills all of it at once, which takes minutes and gigabytes."""
+    levels = _clip(tmp_path / "a.mp4", frames=60).astype(int)
+    command = [ffmpeg.ffmpeg_executable(), "-v", "error", "-i", str(tmp_path / "a.mp4"), "-c", "copy"]
+    subprocess.run(
+        [*command, "-bsf:v", r"setts=ts=if(gt(N\,3)\,TS+1e5/TB\,TS)", str(tmp_path / "gap.mp4")], check=True
+    )
+    clip = load_video(tmp_path / "gap.mp4", 16, 16, max_frames=40, fps=16)
+    shown = np.minimum(np.arange(40) // 2, 3)
+    assert np.abs(clip.mean(axis=(1, 2, 3)) - levels[shown]).max() <= 3
+
+
+def test_a_clip_read_without_a_limit_must_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _clip(tmp_path / "a.mp4")
+    monkeypatch.setattr(reading, "MOST_CLIP_BYTES", 8 * 16 * 16 * 3)
+    assert len(load_video(tmp_path / "a.mp4", 16, 16)) == 8
+    with pytest.raises(ValueError, match="more than 8 frames; give max_frames"):
+        load_video(tmp_path / "a.mp4", 16, 16, fps=16)
+
+
+def test_an_ffmpeg_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _clip(tmp_path / "a.mp4")
+    (tmp_path / "hangs").write_text("#!/bin/sh\ntrap '' TERM INT\nwhile :; do sleep 1; done\n")
+    (tmp_path / "hangs").chmod(0o755)
+    monkeypatch.setattr(ffmpeg, "ffmpeg_executable", lambda: str(tmp_path / "hangs"))
+    monkeypatch.setattr(reading, "time_limit_s", lambda path: 0.2)
+    with pytest.raises(ValueError, match=r"was not done after 0 seconds and was killed"):
+        load_video(tmp_path / "a.mp4", 16, 16)
+
+
+def test_a_list_of_files_is_no_clip(tmp_path: Path) -> None:
+    """What it names would be read in its place."""
+    _clip(tmp_path / "a.mp4")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    with pytest.raises(ValueError, match=r"none of the containers that are read \(mov, mp4, matroska") as caught:
+        load_video(tmp_path / "list.mp4", 16, 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    """By what its header claims; there is nothing behind it here, so that decoding would fail otherwise."""
+
+    def claim(width: int, height: int) -> Path:
+        png = b"\x89PNG\r\n\x1a\n"
+        for kind, content in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b"")):
+            png += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        (tmp_path / "a.png").write_bytes(png)
+        return tmp_path / "a.png"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow's would stand beside the message
+        for size in ((8192, 8193), (10_000, 10_000)):
+            with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]} pixels, the most that is read is 67,108,864"):
+                load_image(claim(*size), 16, 16)
+        with pytest.raises(ValueError, match=r"cannot read .*a\.png"):
+            load_image(claim(100_000, 100_000), 16, 16)
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "-x.mp4"])

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -20,7 +20,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from wan_autoregressive.ffmpeg import (
+from wan_autoregressive.atomic_file import check_replaceable, sync_file
+from wan_autoregressive.media.ffmpeg import (
     QUIET,
     count_video_frames,
     describe_exit,
@@ -28,6 +29,9 @@ from wan_autoregressive.ffmpeg import (
     file_url,
     has_hybrid_fragmented,
 )
+
+_CLOSE_LIMIT_S = 120  # ffmpeg has nothing left to encode then, only an index to write
+_KEYFRAME_EVERY_S = 4
 
 
 class VideoWriteError(RuntimeError):
@@ -38,16 +42,29 @@ def check_video_target(path: str | os.PathLike[str]) -> Path:
     """Check that an mp4 can be written at `path`, touching nothing that is there.
 
     Raises:
-        ValueError: the name does not end in `.mp4`.
-        OSError: the folder is missing or cannot be written to, or `path` is a folder.
+        ValueError: the name does not end in `.mp4`, or has a line break in it.
+        OSError: the folder is missing or cannot be written to; `path` is a folder, a pipe or a device; the name is
+            too long; what stands under the name of the part file is no regular file (links are not followed).
     """
     target = Path(path)
     if target.suffix.lower() != ".mp4":
         raise ValueError(f"the output must be a file name that ends in .mp4, got '{target}'")
+    if len(str(target.absolute()).splitlines()) != 1:  # ffmpeg's lists of segments cannot name it
+        raise ValueError(f"the output's name must have no line break in it, got {str(target)!r}")
     if target.is_dir():
         raise IsADirectoryError(f"the output '{target}' is a folder; give the name of an mp4 file")
     check_writable_folder(target.parent)
+    check_replaceable(target)
+    part = part_path_of(target)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(part.lstat().st_mode):
+            raise OSError(f"'{part}', where frames go at first, is a link, a folder, a pipe or a device; remove it")
     return target
+
+
+def part_path_of(target: Path) -> Path:
+    """Where the frames of the video `target` are until it is whole."""
+    return target.with_name(f"{target.stem}.part.mp4")
 
 
 def check_writable_folder(folder: Path) -> None:
@@ -69,7 +86,13 @@ class VideoWriter:
     Frames go to `x.part.mp4` beside the target `x.mp4`. A clean `close()` (or end of the `with` block) checks ffmpeg's
     exit code and the number of frames in the file and only then moves it to the final name, replacing what was there.
     After a failure the part file stays, with all complete frames in it, and `part_path` says where; no part file is
-    left when not a single frame was written. The part file plays even if this process and ffmpeg are both killed.
+    left when not a single frame was written.
+
+    The part file plays at any time, also when this process and ffmpeg are killed together: every frame is a fragment
+    of its own, and the encoder holds none back. What is lost is the last frame that was written (it is stored when
+    the next one comes or the file is closed) and what ffmpeg had not encoded yet. A power cut can cost more: the part
+    is not synced. The price, over an encoder that looks ahead, is a file of 0.7 to 1.25 times the size, as measured
+    on synthetic clips at the same `crf`.
 
     Args:
         path: the target, ending in `.mp4`, in a folder that exists.
@@ -104,7 +127,7 @@ class VideoWriter:
             raise ValueError(f"give both width and height or neither, got width={width}, height={height}")
         self._executable = ffmpeg_executable()
         self.path = check_video_target(path)
-        self.part_path = self.path.with_name(f"{self.path.stem}.part.mp4")
+        self.part_path = part_path_of(self.path)
         self.fps = float(fps)
         self.crf = crf
         self.scale = int(scale)
@@ -130,18 +153,23 @@ class VideoWriter:
             if kept is not None:
                 error.__notes__ = [*getattr(error, "__notes__", []), kept]  # add_note, also before Python 3.11
 
-    def write(self, frames: npt.NDArray[Any] | Sequence[npt.NDArray[Any]]) -> None:
-        """Append frames of shape (frames, height, width, 3), uint8 or float in [0, 1] (rounded, clamped).
+    def write(self, frames: npt.ArrayLike) -> None:
+        """Append frames of shape (frames, height, width, 3), uint8 as they are or float in [0, 1] (rounded, clamped).
 
-        A chunk is checked as a whole before its first frame is written. Zero frames are allowed and do nothing.
+        Takes NumPy arrays, tensors on the CPU and sequences of frames. Contiguous uint8 is not copied. A chunk is
+        checked as a whole before its first frame is written. Zero frames are allowed and do nothing.
 
         Raises:
-            ValueError: wrong shape or dtype, a size that changed, odd size, NaN or infinite values.
+            ValueError: wrong shape or dtype, a size that changed, odd size, NaN or infinite values, or a tensor that
+                NumPy cannot look into (on another device, in bfloat16, with gradients).
             VideoWriteError: ffmpeg stopped; the frames it completed are in `part_path`.
         """
         if self._closed:
             raise RuntimeError(f"the writer of '{self.path}' is closed; make a new one")
-        batch = np.asarray(frames)
+        try:
+            batch = np.asarray(frames)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"frames cannot be read as a NumPy array: {str(error).splitlines()[0]}") from error
         if batch.ndim != 4 or batch.shape[-1] != 3:
             raise ValueError(f"frames must have shape (frames, height, width, 3), got {batch.shape}")
         is_float = np.issubdtype(batch.dtype, np.floating)
@@ -197,9 +225,9 @@ class VideoWriter:
 
     def _command(self, height: int, width: int) -> list[str]:
         if has_hybrid_fragmented(self._executable):
-            fragments = "+hybrid_fragmented"
+            fragments = "+hybrid_fragmented+frag_every_frame"
         else:
-            fragments = "+frag_keyframe+empty_moov+default_base_moof"
+            fragments = "+frag_every_frame+empty_moov+default_base_moof"
         # One matrix, said in the file: left to themselves players guess it from the size and shift the colours.
         filters = "scale=out_color_matrix=bt709:out_range=tv"
         if self.scale > 1:
@@ -209,23 +237,29 @@ class VideoWriter:
             *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{self.fps:.6g}", "-i", "-"),
             *("-an", "-vf", filters, "-pix_fmt", "yuv420p", "-c:v", "libx264", "-crf", str(self.crf)),
             *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"),
-            # A keyframe, and with it a fragment, per second; without flush_packets a short file would lose them all.
-            *("-g", str(max(1, round(self.fps))), "-flush_packets", "1", "-movflags", fragments),
-            *("-f", "mp4", file_url(self.part_path)),
+            # No frame waits in the encoder or in a buffer: see what the class promises of the part file.
+            *("-tune", "zerolatency", "-flush_packets", "1", "-movflags", fragments),
+            *("-g", str(max(1, round(_KEYFRAME_EVERY_S * self.fps))), "-f", "mp4", file_url(self.part_path)),
         ]
 
     def _start(self) -> subprocess.Popen[bytes]:
         assert self._size is not None
-        # stderr goes to a file, because a pipe that nobody reads would stop ffmpeg once it is full.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in _finish)
-        return subprocess.Popen(
-            self._command(*self._size),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=self._stderr,
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C is for us; ffmpeg ends when its input does
-        )
+        try:
+            # A new file: the ffmpeg of a process that was killed may still write to the old one.
+            self.part_path.unlink(missing_ok=True)
+            # stderr goes to a file, because a pipe that nobody reads would stop ffmpeg once it is full.
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in _finish)
+            return subprocess.Popen(
+                self._command(*self._size),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=self._stderr,
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C is for us; ffmpeg ends when its input does
+            )
+        except OSError as error:
+            self._closed = True
+            raise VideoWriteError(f"could not write '{self.path}': ffmpeg could not be started: {error}") from error
 
     def _write_frame(self, frame: npt.NDArray[np.uint8]) -> None:
         if self._process is None:
@@ -247,11 +281,15 @@ class VideoWriter:
         self._closed = True
         with contextlib.suppress(OSError):  # ffmpeg may be gone; its exit code says more
             self._process.stdin.close()
-        returncode = self._process.wait()
-        self._stderr.seek(0)
-        messages = self._stderr.read()
-        self._stderr.close()
-        return None if returncode == 0 else describe_exit(returncode, messages)
+        try:
+            returncode = self._process.wait(timeout=_CLOSE_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return f"ffmpeg did not end {_CLOSE_LIMIT_S} seconds after the last frame and was killed"
+        with self._stderr as file:
+            file.seek(0)
+            return None if returncode == 0 else describe_exit(returncode, file.read())
 
     def _publish(self) -> str | None:
         """Move the part file to the final name if it holds every frame; return what went wrong, or None."""
@@ -259,8 +297,7 @@ class VideoWriter:
             found = count_video_frames(self.part_path)
             if found != self.frames_written:
                 return f"{self.frames_written} frames were given and {found} are in the file"
-            with open(self.part_path, "rb+") as part:
-                os.fsync(part.fileno())  # some file systems report a full disk only here
+            sync_file(self.part_path)
             os.replace(self.part_path, self.path)
         except (OSError, ValueError) as error:
             return str(error)
