@@ -1,0 +1,85 @@
+"""The tiny VAE of the demo checkpoint: it decodes what the full one decodes, and its training runs."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+
+from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
+from wan_autoregressive.models import AutoencoderTinyWan
+from examples.train_demo import train_tiny_vae, world
+from examples.train_demo.sampling import decode_normalized
+from examples.train_demo.score import score_video, summarize
+
+
+@pytest.fixture(scope="module")
+def full():
+    return AutoencoderKLWan.from_pretrained(demo_checkpoint() / "vae", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return AutoencoderTinyWan.from_pretrained(demo_checkpoint() / "tiny_vae", dtype=torch.float32)
+
+
+def test_is_small_and_fits_the_full_vae(full, tiny):
+    files = [path for path in (demo_checkpoint() / "tiny_vae").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1e6
+    for name in ("z_dim", "scale_factor_spatial", "scale_factor_temporal"):
+        assert tiny.config[name] == full.config[name]
+    assert tiny.config.latent_space == "normalised"
+
+
+def test_pictures_are_close_to_those_of_the_full_vae(full, tiny):
+    figures = train_tiny_vae.measure(full, tiny, sheet=None, count=4)
+    assert figures["tiny decode against full decode, dB"] > 30
+    assert figures["the same on generated latents, dB"] > 30
+    assert figures["tiny encode, full decode against true frames, dB"] > 25
+
+
+def test_the_whole_checkpoint_still_loads_and_takes_the_tiny_vae(tiny):
+    """In the stock pipeline: the tiny VAE's statistics make its denormalising leave the latents alone."""
+    ours = WanAutoregressivePipeline.from_pretrained(demo_checkpoint(), dtype=torch.float32)
+    assert type(ours.vae) is AutoencoderKLWan
+    stock = WanPipeline.from_pretrained(demo_checkpoint(), dtype=torch.float32)
+    assert type(stock.vae) is AutoencoderKLWan
+    stock.set_progress_bar_config(disable=True)
+    arguments = {"prompt": "x", "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 1}
+    arguments |= {"guidance_scale": 1.0}
+    latents = stock(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent").frames
+    with_tiny = WanPipeline.from_pretrained(demo_checkpoint(), vae=tiny, dtype=torch.float32)
+    with_tiny.set_progress_bar_config(disable=True)
+    frames = with_tiny(**arguments, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+    expected = tiny.decode(latents).sample.transpose(1, 2) / 2 + 0.5
+    torch.testing.assert_close(frames, expected.clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_scores_of_generated_videos_hold_up(full, tiny):
+    scenes = world.spread(world.held_out_scenes(), 6)
+    latents = train_tiny_vae.generate_for(scenes)
+    scores = {}
+    for name, frames in (
+        ("full", decode_normalized(full, latents)),
+        ("tiny", tiny.decode(latents).sample),
+    ):
+        videos = (frames / 2 + 0.5).permute(0, 2, 3, 4, 1)
+        scores[name] = summarize([score_video(video, scene) for video, scene in zip(videos, scenes, strict=True)])
+    for name in ("background", "color", "direction", "shape"):
+        assert scores["tiny"][name] == pytest.approx(scores["full"][name], abs=0.05), name
+    assert scores["tiny"]["overlap"] > scores["full"]["overlap"] - 0.05
+
+
+def test_training_runs_and_learns(full, tmp_path):
+    settings = train_tiny_vae.TinyVaeSettings(
+        encoder_width=4, decoder_widths=(8, 6, 4), blocks=1, clips=8, frames=5, batch=2, steps=60
+    )
+    vae = train_tiny_vae.train_tiny_vae(full, tmp_path, settings, seed=0)
+    log = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 59
+    assert log[-1]["decoder"] < 0.9 * log[0]["decoder"]
+    assert log[-1]["encoder"] < log[0]["encoder"]
+    train_tiny_vae.save_half(vae, tmp_path / "tiny_vae")
+    loaded = AutoencoderTinyWan.from_pretrained(tmp_path / "tiny_vae", dtype=torch.float32)
+    latents = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded.decode(latents).sample, vae.decode(latents).sample, rtol=0, atol=0.02)
