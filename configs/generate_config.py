@@ -78,7 +78,7 @@ class GenerateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: FilePath = Path(DEMO)
-    """Folder of the checkpoint (diffusers layout), or `demo`, which comes with the package."""
+    """Folder of the checkpoint (diffusers layout), a name that `wan-ar pull` got, or `demo`, the packaged one."""
     prompt: Annotated[str | None, BeforeValidator(_parse_text)] = None
     """What the video shows; repeat as '0: a fox', '5s: it snows' to change it (30: latent frame)."""
     prompts: FilePath | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from wan_autoregressive.configs import GenerateConfig
+from wan_autoregressive.configs.checkpoints import checkpoint_folder, nearest_checkpoint, published_checkpoints
 from wan_autoregressive.demo import DEMO, demo_checkpoint
 
 if TYPE_CHECKING:
@@ -33,9 +34,18 @@ _LAYER_NAMES = {"transformer": re.compile(r"blocks\.(\d+)\."), "text_encoder": r
 
 
 def model_folder(config: GenerateConfig) -> Path:
-    """The folder that `config.model` names: the packaged demo for `demo`, unless there is a folder of that name."""
-    if str(config.model) == DEMO and not config.model.exists():
+    """The folder that `config.model` names.
+
+    A folder that is there comes first, then the packaged demo for `demo`, then what `wan-ar pull` got under a name.
+
+    Raises:
+        ValueError: the name is that of a published checkpoint that is not there; the message says how to get it.
+    """
+    name = str(config.model)
+    if name == DEMO and not config.model.exists():
         return demo_checkpoint()
+    if name in published_checkpoints() and not config.model.exists():
+        return checkpoint_folder(name)
     return config.model
 
 
@@ -46,7 +56,9 @@ def check_model_folder(folder: Path) -> None:
         ValueError: what is missing, foreign or damaged.
     """
     if not folder.is_dir():
-        state = "is a file; `wan-ar convert` makes a folder of it" if folder.exists() else "does not exist"
+        near = nearest_checkpoint(str(folder))
+        hint = f"; did you mean the published checkpoint '{near}'?" if near else ""
+        state = "is a file; `wan-ar convert` makes a folder of it" if folder.exists() else f"does not exist{hint}"
         raise ValueError(f"the model folder '{folder}' {state}")
     index = _read_index(folder)
     for name, allowed in _COMPONENTS.items():
