@@ -19,7 +19,7 @@ CACHE_VARIABLE = "WAN_AUTOREGRESSIVE_CACHE"
 """The environment variable that names the folder of pulled checkpoints."""
 
 
-class BaseModelOfWan(BaseModel):
+class WanBase(BaseModel):
     """A Wan model that checkpoints were trained from, of which tokenizer, text encoder and VAE are taken."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +41,7 @@ class PublishedCheckpoint(BaseModel):
     lora: str | None = None
     lora_scale: float = 1.0
     base: str
-    base_model: BaseModelOfWan
+    base_model: WanBase
     preset: str | None = None
     license: str
     non_commercial: bool = False

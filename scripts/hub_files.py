@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
+    XetDownloadError,
 )
 from huggingface_hub.utils.sha import git_hash
 
@@ -121,7 +122,7 @@ def _in_one_line(what: str) -> Iterator[None]:
         raise DownloadError(f"{constants.ENDPOINT} answered {error.response.status_code} for '{what}'") from error
     except OfflineModeIsEnabled as error:
         raise DownloadError(f"'{what}' is not in the Hub's cache and HF_HUB_OFFLINE is set; unset it") from error
-    except (httpx2.HTTPError, LocalEntryNotFoundError) as error:
+    except (httpx2.HTTPError, LocalEntryNotFoundError, XetDownloadError) as error:
         raise DownloadError(
             f"cannot get '{what}' from {constants.ENDPOINT}; check the network and pull again, what is whole is kept"
         ) from error

@@ -24,7 +24,7 @@ from tiny_checkpoint import make_tiny_checkpoint
 from wan_autoregressive import checkpoint_folder
 from wan_autoregressive.configs.checkpoints import CACHE_VARIABLE
 from wan_autoregressive.schedulers import SelfForcingScheduler
-from wan_autoregressive.scripts import cli, pull
+from wan_autoregressive.scripts import cli, convert, pull
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "weights" / "tiny_self_forcing.pt"
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -158,6 +158,21 @@ def test_a_connection_that_stays_broken(hub: SmallHub, monkeypatch: pytest.Monke
     assert cli.main(["pull", "self-forcing"]) == 0
 
 
+def test_a_stop_in_the_middle(hub: SmallHub, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.file_download, "http_get", stop)
+        refused(capsys, 130, "interrupted", "self-forcing")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.shutil, "copytree", stop)
+        refused(capsys, 130, "interrupted", "self-forcing")
+    hub.requests.clear()
+    assert cli.main(["pull", "self-forcing"]) == 0
+    assert hub.downloads(SELF_FORCING) == []  # what was whole is kept
+
+
 @pytest.mark.parametrize("path", [SELF_FORCING, "model_index.json"])  # a large file, and one with a git hash
 def test_a_wrong_hash(path: str, hub: SmallHub, capsys) -> None:
     hub.damaged.add(path)
@@ -228,5 +243,5 @@ def test_the_endpoint_of_the_environment(hub: SmallHub, tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert (checkpoint_folder("self-forcing") / "transformer").is_dir()
