@@ -78,7 +78,7 @@ class GenerateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: FilePath = Path(DEMO)
-    """Folder of the checkpoint (diffusers layout), or `demo`, which comes with the package."""
+    """Folder of the checkpoint (diffusers layout), a name that `wan-ar pull` got, or `demo`, the packaged one."""
     prompt: Annotated[str | None, BeforeValidator(_parse_text)] = None
     """What the video shows; repeat as '0: a fox', '5s: it snows' to change it (30: latent frame)."""
     prompts: FilePath | None = None
@@ -114,6 +114,10 @@ class GenerateConfig(BaseModel):
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     vae_tiling: bool = False
     """Decode in tiles: less memory, slower."""
+    tiny_vae: FilePath | None = None
+    """Tiny VAE (TAEHV) to use instead of the checkpoint's own: a folder, or a published .pth or .safetensors."""
+    tiny_vae_latents: Literal["normalised", "raw"] = "normalised"
+    """What the latents of a tiny VAE in a single file are; raw for LightTAE, which the file does not tell."""
 
     rollout: RolloutConfig
     """Settings of the video itself."""

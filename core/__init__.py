@@ -8,6 +8,7 @@ from wan_autoregressive.demo import demo_checkpoint
 
 if TYPE_CHECKING:
     from wan_autoregressive.cache import WanKVCache
+    from wan_autoregressive.configs.checkpoints import checkpoint_folder
     from wan_autoregressive.models import AutoencoderTinyWan, CausalWanTransformer3DModel
     from wan_autoregressive.pipelines import WanAutoregressivePipeline, WanRollout, WanVideoChunk
     from wan_autoregressive.schedulers import SelfForcingScheduler
@@ -21,6 +22,7 @@ _PUBLIC = {
     "WanKVCache": "cache",
     "WanRollout": "pipelines",
     "WanVideoChunk": "pipelines",
+    "checkpoint_folder": "configs.checkpoints",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "WanRollout",
     "WanVideoChunk",
     "__version__",
+    "checkpoint_folder",
     "demo_checkpoint",
 ]
 

@@ -90,7 +90,10 @@ def test_a_later_layer_replaces_what_excludes_it() -> None:
 
 def test_every_preset_is_a_recipe_and_nothing_else() -> None:
     assert preset_names() == [
+        "causal_forcing_1step",
+        "causal_forcing_2step",
         "causal_forcing_framewise",
+        "causal_forcing_long",
         "causvid",
         "demo",
         "infinity_rope",
