@@ -26,8 +26,8 @@ def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: 
     geometry = components.geometry
     if components.codec is not None and geometry.latent_channels != model.out_channels:
         raise ValueError(
-            f"the VAE has {geometry.latent_channels} latent channels and the transformer {model.out_channels}: they are "
-            "of different models (Wan 2.1 and Wan2.2-A14B have 16, Wan2.2-TI2V-5B 48); load the VAE that belongs to it"
+            f"the VAE has {geometry.latent_channels} latent channels and the transformer {model.out_channels}: they "
+            "are of different models (Wan 2.1 and Wan2.2-A14B have 16, Wan2.2-TI2V-5B 48); load the VAE of this one"
         )
     sizes = (("height", config.height), ("width", config.width))
     for (name, size), multiple in zip(sizes, geometry.size_multiples, strict=True):

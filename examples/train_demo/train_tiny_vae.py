@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import nn
 
-from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
-from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents, normalize_latents
-from wan_autoregressive.models.tiny_vae import AutoencoderTinyWan
-from wan_autoregressive.models.tiny_vae_layers import run_layers
-from wan_autoregressive.models.tiny_vae_stream import TinyVaeDecoder
 from examples.train_demo import world
 from examples.train_demo.images import save_contact_sheet
 from examples.train_demo.sampling import decode_normalized
 from examples.train_demo.train_vae import psnr, random_clips, reconstruction_loss
 from examples.train_demo.training_loop import Schedule, Worker, train
 from examples.train_demo.vae_clip import decode_clip, encode_clip
+from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
+from wan_autoregressive.models.streaming_vae import StreamingVaeDecoder, denormalize_latents, normalize_latents
+from wan_autoregressive.models.tiny_vae import AutoencoderTinyWan
+from wan_autoregressive.models.tiny_vae_layers import run_layers
+from wan_autoregressive.models.tiny_vae_stream import TinyVaeDecoder
 
 FOLDER = "tiny_vae"
 LATENT_NOISE = 0.25  # largest noise on the latents that the decoder learns from, in units of their deviation

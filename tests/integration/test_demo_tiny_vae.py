@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 
-from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
-from wan_autoregressive.models import AutoencoderTinyWan
 from examples.train_demo import train_tiny_vae, world
 from examples.train_demo.sampling import decode_normalized
 from examples.train_demo.score import score_video, summarize
+from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
+from wan_autoregressive.models import AutoencoderTinyWan
 
 
 @pytest.fixture(scope="module")
