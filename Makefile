@@ -30,6 +30,7 @@ demo: $(READY)
 		--prompt "4s: a green cross moving right on a navy background" \
 		--prompt "8s: a yellow square moving up on a black background" --seed 0 --contact-sheet \
 		--output outputs/demo-prompts.mp4
+	$(BIN)/python tools/demo_gif.py outputs/demo-prompts.mp4 outputs/demo.gif
 
 train-demo: $(READY)
 	$(BIN)/python -m examples.train_demo.train --output outputs/train-demo
