@@ -86,8 +86,9 @@ class _StageCounter:
         block_caches = kwargs["attention_kwargs"]["plan"].block_caches
         counts, per_token = self.stages[self._stage], block_caches[0].bytes_per_token
         counts.forwards += 1
-        counts.kv_written_bytes += per_token * sum(cache.planned_tokens for cache in block_caches)
-        counts.kv_read_bytes += per_token * sum(block_caches[i].planned_length for i in self._attending_blocks)
+        counts.kv_written_bytes += per_token * sum(cache.planned_kept for cache in block_caches)
+        attended = (place for i in self._attending_blocks for place in block_caches[i].planned_places)
+        counts.kv_read_bytes += per_token * sum(stop - start for start, stop in attended)
         self._enter("denoise")
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from wan_autoregressive.cache.any_length import allow_any_length
-from wan_autoregressive.cache.fixed_memory import FixedMemory
+from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.int8_buffer import Int8Buffer
+from wan_autoregressive.cache.positions import SinkView
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
+from wan_autoregressive.cache.static_buffers import StaticBuffers
 from wan_autoregressive.cache.token_buffer import Layout, TokenBuffer
 from wan_autoregressive.cache.token_window import PastView, Span, TokenWindow, WindowState, WriteMode, WritePlan
 from wan_autoregressive.configs.choices import KVDtype
@@ -47,7 +48,7 @@ class WanKVBlockCache:
     It has no `.to`: accelerate's hooks would call it and move the past.
 
     Args:
-        slots ([`FixedMemory`], *optional*): For a chunk's slot numbers; blocks that are written alike share it.
+        slots ([`StaticBuffers`], *optional*): For a chunk's slot numbers; blocks that are written alike share it.
     """
 
     def __init__(
@@ -57,15 +58,16 @@ class WanKVBlockCache:
         max_tokens: int | None = None,
         sink_update: SinkUpdate | None = None,
         kv_dtype: KVDtype | None = None,
-        slots: FixedMemory | None = None,
+        slots: StaticBuffers | None = None,
     ) -> None:
         self.window = TokenWindow(window_size, sink_size)
         self._sink_update = sink_update
         self._initial_capacity = window_size if window_size != -1 else max_tokens
         self._plan: WritePlan | None = None
         self._planned_tokens = 0
+        self._moves_sink = True
         self._open: _OpenWindow | None = None
-        self._slots = FixedMemory() if slots is None else slots
+        self._slots = StaticBuffers() if slots is None else slots
         self._buffer_type: type[TokenBuffer] = Int8Buffer if kv_dtype == "int8" else TokenBuffer
         self._key: TokenBuffer | None = None
         self._value: TokenBuffer | None = None
@@ -77,6 +79,7 @@ class WanKVBlockCache:
         not fit."""
         self._plan, self._open = self.window.plan(num_tokens, mode, keep, view), None
         self._planned_tokens = num_tokens
+        self._moves_sink = view is None or view.sink
 
     def open(self, like: torch.Tensor, slots: OpenSlots | None = None) -> OpenSlots:
         """Make room for the planned write, and let the sink take up what goes. `write` does so if nobody has.
@@ -190,6 +193,20 @@ class WanKVBlockCache:
         return ((0, sum(stop - start for start, stop in plan.past) + self._planned_tokens),)
 
     @property
+    def planned_sink(self) -> SinkView:
+        """How the planned `write` lets the sink be seen."""
+        past = self._needed_plan().past
+        if past is not None and all(start >= self.window.sink_size for start, _ in past):
+            return "unseen"
+        return "moved" if self._moves_sink else "in_place"
+
+    @property
+    def planned_held(self) -> int:
+        """Tokens that are held once the planned `write` is done, and those of the chunk that are not kept."""
+        plan = self._needed_plan()
+        return plan.state_after.length + self._planned_tokens - plan.kept
+
+    @property
     def planned_tokens(self) -> int:
         """Tokens of the chunk that the planned `write` takes."""
         return 0 if self._plan is None else self._planned_tokens
@@ -275,7 +292,7 @@ class WanKVBlockCache:
         for start, stop in spans:
             torch.arange(start, stop, out=numbers[filled : filled + stop - start])
             filled += stop - start
-        allow_any_length(numbers, dim=0)
+        mark_dynamic(numbers, dim=0)
         return numbers
 
     def _needed_plan(self) -> WritePlan:

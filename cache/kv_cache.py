@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
-from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.positions import POSITION_POLICIES, FramePositions, PlannedFrames, PositionPolicy
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
+from wan_autoregressive.cache.static_buffers import StaticBuffers
 from wan_autoregressive.cache.token_window import PastView, WriteMode
 from wan_autoregressive.configs.choices import KV_DTYPES, KVDtype, PositionMode
 
@@ -101,7 +101,7 @@ class WanKVCache:
                 f"a sink_update changes the sink by less than the rounding of kv_dtype {kv_dtype!r}; leave out one of "
                 "them"
             )
-        self.slots = FixedMemory()
+        self.slots = StaticBuffers()
         """The numbers of the newest chunk's slots, for each size of a chunk."""
         self.block_caches = [
             WanKVBlockCache(window_size, sink_size, max_tokens, sink_update, kv_dtype, self.slots)
@@ -210,9 +210,17 @@ class WanKVCache:
             ValueError: relative positions with a window, sink or chunk that is not a whole number of frames.
         """
         replaces_sink = self._mode == "rewrite_all"
-        places = self.block_caches[0].planned_places
+        block = self.block_caches[0]
         planned = PlannedFrames(
-            *(start_frame, num_frames, places, tokens_per_frame, self._begins_chunk, replaces_sink, max_positions)
+            start=start_frame,
+            num_frames=num_frames,
+            places=block.planned_places,
+            tokens_per_frame=tokens_per_frame,
+            begins_chunk=self._begins_chunk,
+            replaces_sink=replaces_sink,
+            max_positions=max_positions,
+            num_held=block.planned_held // tokens_per_frame,
+            sink=block.planned_sink,
         )
         positions = self.positions.plan(planned)
         window_rotation = rotation(positions.window_shift) if positions.window_shift else None

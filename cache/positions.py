@@ -4,9 +4,12 @@ A policy belongs to one cache. It knows frames and integers, neither tensors nor
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from wan_autoregressive.cache.token_window import Span
+
+SinkView = Literal["moved", "in_place", "unseen"]
+"""How a forward sees the sink: where the policy moves it, or as frames like any others, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class PlannedFrames:
     replaces_sink: bool
     max_positions: int
     """Rows of the rotary table."""
+    num_held: int
+    """Whole frames that are held once it is done, seen or not, and its own that are not kept."""
+    sink: SinkView = "moved"
 
     @property
     def num_attended(self) -> int:
@@ -137,20 +143,27 @@ class SinkRelativePositions:
     """Where the sink is."""
     sink_origin: float = 0
     """Where the sink was written."""
+    sink_home: float = 0
+    """Where its frames would be if they were like any others; may be before the start of the table."""
 
     def plan(self, frames: PlannedFrames) -> FramePositions:
         if frames.replaces_sink:
             self.sink_start = None
         end = frames.start + self.shift + frames.num_frames - self.base
         window_shift: float = 0
-        if end > frames.max_positions >= frames.num_attended:
-            window_shift = frames.num_attended - end
+        if end > frames.max_positions >= frames.num_held:  # room for a later forward that sees all that is held
+            window_shift = frames.num_held - end
             self.base -= window_shift
-            end = frames.num_attended
+            self.sink_home += window_shift
+            end = frames.num_held
         sink_start, sink_shift = end - frames.num_attended, None
         if self.sink_start is None:
-            self.sink_origin = sink_start
-        elif sink_start != self.sink_start:
+            self.sink_origin = self.sink_home = sink_start
+        elif frames.sink == "in_place":
+            sink_start = self.sink_home
+        elif frames.sink == "unseen":
+            sink_start = self.sink_start
+        if self.sink_start not in (None, sink_start):
             sink_shift = sink_start - self.sink_origin
         self.sink_start = sink_start
         return FramePositions(end - frames.num_frames, None, window_shift, sink_shift)

@@ -4,7 +4,7 @@ from typing import Self
 
 import torch
 
-from wan_autoregressive.cache.any_length import allow_any_length
+from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.token_window import Span
 
 Layout = tuple[int, int, int, torch.dtype, torch.device]
@@ -46,7 +46,7 @@ class TokenBuffer:
     def window(self, length: int) -> Self:
         """Slots `[0, length)` in the same memory."""
         views = tuple(part[:, :length] for part in self.parts)
-        allow_any_length(*views)
+        mark_dynamic(*views)
         return type(self)(views)
 
     def put(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -38,7 +38,8 @@ class PastView:
     newest: int | None = None
     """The ones right before its own; `None` is all."""
     sink: bool = True
-    """Whether the sink is seen where `newest` does not reach it."""
+    """Whether the sink is seen where `newest` does not reach it, and may be moved. If not, it is like other frames:
+    seen as far as `newest` reaches, where it was written."""
 
 
 @dataclass(frozen=True)

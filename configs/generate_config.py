@@ -6,8 +6,6 @@ The names in `SETTING_NAMES` are at the same time the keys of a yaml file and th
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -78,7 +76,7 @@ class GenerateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: FilePath = Path(DEMO)
-    """Folder of the checkpoint (diffusers layout), or `demo`, which comes with the package."""
+    """Folder of the checkpoint (diffusers layout), a name that `wan-ar pull` got, or `demo`, the packaged one."""
     prompt: Annotated[str | None, BeforeValidator(_parse_text)] = None
     """What the video shows; repeat as '0: a fox', '5s: it snows' to change it (30: latent frame)."""
     prompts: FilePath | None = None
@@ -114,6 +112,10 @@ class GenerateConfig(BaseModel):
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     vae_tiling: bool = False
     """Decode in tiles: less memory, slower."""
+    tiny_vae: FilePath | None = None
+    """Tiny VAE (TAEHV) to use instead of the checkpoint's own: a folder, or a published .pth or .safetensors."""
+    tiny_vae_latents: Literal["normalised", "raw"] = "normalised"
+    """What the latents of a tiny VAE in a single file are; raw for LightTAE, which the file does not tell."""
 
     rollout: RolloutConfig
     """Settings of the video itself."""
@@ -197,34 +199,12 @@ def _check_numbers(rollout: RolloutConfig) -> None:
         raise ValueError(f"num_frames is {rollout.num_frames}; it must be at most {MOST_FRAMES}")
     if rollout.output_type not in ("np", "uint8"):
         raise ValueError(f"output_type is {rollout.output_type!r}; an mp4 is made of np or uint8 frames")
-    if rollout.num_inference_steps is not None and rollout.denoising_steps is not None:
-        raise ValueError("num_inference_steps is a count and denoising_steps a list of the same steps; give one")
-    for name in _ROLLOUT_NAMES:
-        value = getattr(rollout, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}: must be a finite number, got {value}")
-    if rollout.guidance_scale < 0:
-        raise ValueError(f"guidance_scale is {rollout.guidance_scale:g}; it must be at least 0")
-    if not 0 <= rollout.sink_decay <= 1:
-        raise ValueError(f"sink_decay is {rollout.sink_decay:g}; it must be between 0 and 1")
     for name in ("height", "width"):
         size = getattr(rollout, name)
         if size % SIZE_MULTIPLE:
             below = size - size % SIZE_MULTIPLE
             near = f"{below} and {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
             raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {size}; the nearest: {near}")
-    for name in ("denoising_steps", "first_chunk_steps"):
-        steps = getattr(rollout, name)
-        if steps is None:
-            continue
-        if any(not 0 < step <= TABLE_STEPS for step in steps):
-            raise ValueError(f"{name}: every step must be above 0 and at most {TABLE_STEPS}, got {_listed(steps)}")
-        if not steps or any(a <= b for a, b in itertools.pairwise(steps)):
-            raise ValueError(f"{name} must descend, got {_listed(steps)}")
-
-
-def _listed(steps: tuple[float, ...]) -> str:
-    return ", ".join(f"{step:g}" for step in steps[:10]) + (", …" if len(steps) > 10 else "") or "none"
 
 
 # Of each pair only one makes sense, so giving one in a later layer replaces the other of an earlier one.

@@ -10,11 +10,15 @@ from wan_autoregressive.configs.generate_config import SETTING_NAMES
 from wan_autoregressive.configs.messages import nearest, unknown_key_line
 from wan_autoregressive.configs.read_yaml import parse_yaml, read_text
 
+CHECKPOINTS_FILE = "checkpoints.yaml"
+"""The one yaml file beside the presets that is none."""
+
 
 def preset_names() -> list[str]:
     """Return the names of the presets that come with the package, sorted."""
     folder = files("wan_autoregressive.configs")
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = {entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml")} - {CHECKPOINTS_FILE}
+    return sorted(Path(name).stem for name in names)
 
 
 def is_settings_file(name_or_path: str) -> bool:

@@ -36,6 +36,6 @@ def read_text(path: Path, kind: str) -> str:
 class _NoAliasLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.MarkedYAMLError(None, None, f"aliases (*{event.anchor}) are not taken", event.start_mark)
         return super().compose_node(parent, index)

@@ -55,7 +55,15 @@ class Registry:
         return target
 
 
-SAMPLERS = Registry("sampler", {"chunkwise": "wan_autoregressive.pipelines.samplers.chunkwise:ChunkwiseSampler"})
+_SAMPLERS = "wan_autoregressive.pipelines.samplers"
+SAMPLERS = Registry(
+    "sampler",
+    {
+        "chunkwise": f"{_SAMPLERS}.chunkwise:ChunkwiseSampler",
+        "rolling": f"{_SAMPLERS}.rolling:RollingSampler",
+        "recompute": f"{_SAMPLERS}.recompute:RecomputeSampler",
+    },
+)
 
 _SOLVERS = "wan_autoregressive.schedulers.step_solver"
 SOLVERS = Registry("solver", {"renoise": f"{_SOLVERS}:RenoiseSolver", "unipc": f"{_SOLVERS}:UniPCSolver"})
@@ -69,6 +77,6 @@ SWITCH_POLICIES = Registry(
         "flush": f"{_SWITCHING}:Flush",
         "cut": f"{_SWITCHING}:Cut",
         "blend": f"{_SWITCHING}:Blend",
-        "scene_cut": f"{_SWITCHING}:SceneCut",
+        "scene_cut": "wan_autoregressive.pipelines.scene_cut:SceneCut",
     },
 )

@@ -8,21 +8,25 @@ from wan_autoregressive.demo import demo_checkpoint
 
 if TYPE_CHECKING:
     from wan_autoregressive.cache import WanKVCache
-    from wan_autoregressive.models import CausalWanTransformer3DModel
+    from wan_autoregressive.configs.checkpoints import checkpoint_folder
+    from wan_autoregressive.models import AutoencoderTinyWan, CausalWanTransformer3DModel
     from wan_autoregressive.pipelines import WanAutoregressivePipeline, WanRollout, WanVideoChunk
     from wan_autoregressive.schedulers import SelfForcingScheduler
 
 # Imported on first use, so that `wan-ar --help` does not wait for torch.
 _PUBLIC = {
+    "AutoencoderTinyWan": "models",
     "CausalWanTransformer3DModel": "models",
     "SelfForcingScheduler": "schedulers",
     "WanAutoregressivePipeline": "pipelines",
     "WanKVCache": "cache",
     "WanRollout": "pipelines",
     "WanVideoChunk": "pipelines",
+    "checkpoint_folder": "configs.checkpoints",
 }
 
 __all__ = [
+    "AutoencoderTinyWan",
     "CausalWanTransformer3DModel",
     "SelfForcingScheduler",
     "WanAutoregressivePipeline",
@@ -30,6 +34,7 @@ __all__ = [
     "WanRollout",
     "WanVideoChunk",
     "__version__",
+    "checkpoint_folder",
     "demo_checkpoint",
 ]
 

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
 
 from wan_autoregressive.cache import WanKVBlockCache, WanKVCache
-from wan_autoregressive.cache.any_length import allow_any_length
+from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.models.causal_wan_block import (
     CausalWanAttnProcessor,
@@ -30,7 +30,7 @@ from wan_autoregressive.models.causal_wan_embeddings import (
 )
 from wan_autoregressive.models.conditions import ConditionMemory, TimeConditions
 from wan_autoregressive.models.forward_plan import ForwardPlan, PastFrames
-from wan_autoregressive.models.lean_layers import LeanGELU, LeanRMSNorm
+from wan_autoregressive.models.in_place_layers import InPlaceGELU, InPlaceRMSNorm
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -123,7 +123,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         # 3. Blocks, each with its own part of the cache
         if text is not None and not text.blocks[0].is_filled:  # a re-cache computes it with more tokens than a chunk
-            allow_any_length(hidden_states)
+            mark_dynamic(hidden_states)
         block_texts = [None] * len(self.blocks) if text is None else text.blocks
         for block, block_cache, block_text in zip(self.blocks, plan.block_caches, block_texts, strict=True):
             is_end = plan.keys_values_only and block is self.blocks[-1]
@@ -207,7 +207,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
             geometry = tuple(positions), height, width, hidden_states.device
             made = make() if memory is None else memory.rotary(name, geometry, make)
-            allow_any_length(*made)
+            mark_dynamic(*made)
             return made
 
         rotary_emb = tables(("chunk", frames), [(start, start + frames)])
@@ -259,9 +259,9 @@ def _make_causal(model: WanTransformer3DModel) -> None:
     model.condition_embedder.timesteps_proj.__class__ = CausalWanTimesteps
     for block in model.blocks:
         block.__class__ = CausalWanTransformerBlock
-        block.ffn.net[0].__class__ = LeanGELU
+        block.ffn.net[0].__class__ = InPlaceGELU
         for norm in (block.attn1.norm_q, block.attn1.norm_k, block.attn2.norm_q, block.attn2.norm_k):
-            norm.__class__ = LeanRMSNorm
+            norm.__class__ = InPlaceRMSNorm
         for attention, processor in (
             (block.attn1, CausalWanAttnProcessor()),
             (block.attn2, CausalWanCrossAttnProcessor()),

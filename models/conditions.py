@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from wan_autoregressive.cache.fixed_memory import FixedMemory
 from wan_autoregressive.cache.rotary import RotaryEmbedding
+from wan_autoregressive.cache.static_buffers import StaticBuffers
+
+_MAX_TIMESTEPS = 64
 
 
 @dataclass
@@ -81,12 +83,12 @@ class ConditionMemory:
     def __init__(self, num_prompts: int = 1) -> None:
         self._num_prompts = num_prompts
         self._adapters: tuple[Any, ...] = ()
-        self._fixed, self._text_kv = FixedMemory(), FixedMemory()
+        self._static, self._text_kv = StaticBuffers(), StaticBuffers()
         self.forget()
 
     def forget(self) -> None:
         """Drop everything. Needed after a change of weights in place; a change of LoRA adapters is noticed."""
-        self._times: dict[Hashable, TimeConditions] = {}
+        self._times: OrderedDict[Hashable, TimeConditions] = OrderedDict()
         self._texts: OrderedDict[Hashable, TextConditions] = OrderedDict()
         self._rotary: dict[Hashable, tuple[Hashable, RotaryEmbedding]] = {}
 
@@ -94,7 +96,7 @@ class ConditionMemory:
     def nbytes(self) -> int:
         """Bytes of all but the prompts' keys and values: time conditions and rotary tables."""
         known = [tensor for time in self._times.values() for tensor in (time.temb, time.modulation)]
-        return self._fixed.nbytes + sum(tensor.nbytes for tensor in known if tensor is not None)
+        return self._static.nbytes + sum(tensor.nbytes for tensor in known if tensor is not None)
 
     @property
     def text_kv_bytes(self) -> int:
@@ -111,10 +113,13 @@ class ConditionMemory:
     def time(self, timestep: Hashable) -> TimeConditions:
         """Of a timestep that holds for a whole chunk, or of a tuple with one per frame."""
         known = self._times.setdefault(timestep, TimeConditions())
+        self._times.move_to_end(timestep)
+        if len(self._times) > _MAX_TIMESTEPS:  # timesteps that follow a source video never come again
+            self._times.popitem(last=False)
         if known.temb is None or known.modulation is None:
             return known
         groups = known.temb.shape[1]
-        held = (self._fixed.hold((of, groups), getattr(known, of)) for of in ("temb", "modulation"))
+        held = (self._static.copy_in((of, groups), getattr(known, of)) for of in ("temb", "modulation"))
         return TimeConditions(*held)
 
     def text(self, embeds: torch.Tensor, num_blocks: int, like: torch.Tensor) -> TextConditions:
@@ -141,7 +146,7 @@ class ConditionMemory:
         """Tables by name, made anew where they are not those of `geometry`."""
         if name not in self._rotary or self._rotary[name][0] != geometry:
             cos, sin = make()
-            tables = self._fixed.hold((name, "cos"), cos), self._fixed.hold((name, "sin"), sin)
+            tables = self._static.copy_in((name, "cos"), cos), self._static.copy_in((name, "sin"), sin)
             self._rotary[name] = geometry, tables
         return self._rotary[name][1]
 

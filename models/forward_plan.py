@@ -15,7 +15,8 @@ class PastFrames:
     newest: int | None = None
     """The ones right before its own; `None` is all that is held."""
     sink: bool = True
-    """Whether the sink is seen where `newest` does not reach it."""
+    """Whether the sink is seen where `newest` does not reach it, and may be moved. If not, it is like other frames:
+    seen as far as `newest` reaches, where it was written."""
 
     def in_tokens(self, tokens_per_frame: int) -> PastView:
         return PastView(None if self.newest is None else self.newest * tokens_per_frame, self.sink)

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, patchify, unpatchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -171,7 +172,7 @@ def _encode_slice(
     return _cat(moments, dim=2)
 
 
-def normalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+def normalize_latents(vae: ConfigMixin, latents: torch.Tensor) -> torch.Tensor:
     """Latents (batch, z_dim, frames, height, width) from the VAE's scale to the transformer's; new memory.
 
     The arithmetic of `WanImageToVideoPipeline.prepare_latents` in diffusers, to the bit.
@@ -180,7 +181,7 @@ def normalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Ten
     return (latents - mean) * inverse_std
 
 
-def denormalize_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+def denormalize_latents(vae: ConfigMixin, latents: torch.Tensor) -> torch.Tensor:
     """Latents (batch, z_dim, frames, height, width) from the transformer's scale to the VAE's; new memory.
 
     The arithmetic of `WanPipeline.__call__` in diffusers, to the bit: it divides by the rounded inverse.
@@ -225,7 +226,7 @@ def vae_state_bytes(vae: AutoencoderKLWan, batch_size: int, height: int, width: 
     return total
 
 
-def _latent_statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _latent_statistics(vae: ConfigMixin, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _check_video(latents, "latents", vae.config["z_dim"])
     shape = (1, vae.config["z_dim"], 1, 1, 1)
     # Asynchronous copies: a plain one would wait for the device, once per chunk.

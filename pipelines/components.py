@@ -189,7 +189,13 @@ class WanComponents:
         pixels = self.preprocess_pixels(video, height, width)
         factor = self.codec.scale_factor_temporal
         pixels = pixels[:, :, : (pixels.shape[2] - 1) // factor * factor + 1]
-        return expand_to_batch(self.codec.encoder().encode(pixels).to(self.device), batch_size, "video")
+        return expand_to_batch(self.encode_pixels(pixels), batch_size, "video")
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents, float32, of a whole video's pixels in [-1, 1], `(batch, 3, frames, height, width)`."""
+        assert self.codec is not None
+        return self.codec.encoder().encode(pixels.to(self.codec_device)).to(self.device)
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:

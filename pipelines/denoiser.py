@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from wan_autoregressive.cache import WanKVCache
-from wan_autoregressive.cache.fixed_memory import FixedMemory
+from wan_autoregressive.cache.static_buffers import StaticBuffers
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.conditions import ConditionMemory
@@ -55,7 +55,7 @@ class Expert:
         self.caches = caches
         self._attention_kwargs = attention_kwargs
         self.conditions = ConditionMemory(num_prompts=len(caches))
-        self._inputs = FixedMemory()
+        self._inputs = StaticBuffers()
         self._newest: list[int | None] = [None] * len(caches)
         """First frame of the newest chunk in each cache."""
 
@@ -94,7 +94,7 @@ class Expert:
         self, latents: torch.Tensor, window: Window, branch: int, embeds: torch.Tensor, context_only: bool
     ) -> torch.Tensor | None:
         transformer, cache, timesteps = self.transformer, self.caches[branch], window.timesteps
-        latents = self._inputs.hold(("latents", latents.shape[2]), latents, transformer.dtype)
+        latents = self._inputs.copy_in(("latents", latents.shape[2]), latents, transformer.dtype)
         plan = transformer.plan_forward(
             latents,
             cache,

@@ -24,6 +24,11 @@ def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: 
             f"{model.patch_size[0]} frames; a causal text-to-video model has equal channels and 1-frame patches"
         )
     geometry = components.geometry
+    if components.codec is not None and geometry.latent_channels != model.out_channels:
+        raise ValueError(
+            f"the VAE has {geometry.latent_channels} latent channels and the transformer {model.out_channels}: they "
+            "are of different models (Wan 2.1 and Wan2.2-A14B have 16, Wan2.2-TI2V-5B 48); load the VAE of this one"
+        )
     sizes = (("height", config.height), ("width", config.width))
     for (name, size), multiple in zip(sizes, geometry.size_multiples, strict=True):
         if size % multiple:
@@ -89,3 +94,5 @@ def check_prompts(
         raise ValueError("video to video needs a VAE, which this pipeline does not have")
     if config.output_type != "latent" and components.codec is None:
         raise ValueError(f"output_type is {config.output_type!r} but this pipeline has no VAE; use 'latent'")
+    if SAMPLERS.load(config.sampler).needs_pixels(config) and components.codec is None:
+        raise ValueError(f"sampler {config.sampler!r} needs a VAE, which this pipeline does not have")

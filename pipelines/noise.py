@@ -39,10 +39,23 @@ class NoiseSource:
             return self._initial[:, :, first_frame : first_frame + num_frames]
         return self.draw(num_frames)
 
-    def draw(self, num_frames: int) -> torch.Tensor:
-        """Fresh noise."""
+    def draw(self, num_frames: int, frames_first: bool = False) -> torch.Tensor:
+        """Fresh noise.
+
+        Args:
+            frames_first (`bool`): Draw it as `(batch, frames, channels, height, width)`, as original implementations
+                do: other noise from the same seed.
+        """
         batch, channels, height, width = self._shape
+        if frames_first:
+            shape = batch, num_frames, channels, height, width
+            return draw_noise(shape, self.generator, self._device, torch.float32).transpose(1, 2)
         return draw_noise((batch, channels, num_frames, height, width), self.generator, self._device, torch.float32)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether initial noise is not drawn."""
+        return self._initial is not None
 
     def state_dict(self) -> dict[str, Any]:
         # The initial noise whole, also where it is used up: a reset starts from it again.

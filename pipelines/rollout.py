@@ -28,6 +28,7 @@ from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState
+from wan_autoregressive.pipelines.rollout_guard import RolloutGuard
 from wan_autoregressive.pipelines.rollout_state import read_rollout_state, write_rollout_state
 from wan_autoregressive.pipelines.samplers import Sampler, SamplingContext
 from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
@@ -85,7 +86,7 @@ class WanRollout:
         """Called after every denoising step."""
         self._on_step_end = on_step_end
         self._seconds_before = dict(seconds_before or {})
-        self._lock = threading.Lock()
+        self._guard = RolloutGuard()
         self._seconds_lock = threading.Lock()
 
         geometry = components.geometry
@@ -105,18 +106,19 @@ class WanRollout:
             noise=self.noise,
             history=self.history,
             observer=self,
+            encode=components.encode_pixels,
             given_latents=given_latents,
             source=source,
         )
         self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)
-        self.vae_decoder = None if config.output_type == "latent" else self._new_vae_decoder()
+        needs_decoder = config.output_type != "latent" or self.sampler.needs_pixels(config)
+        self.vae_decoder = self._new_vae_decoder() if needs_decoder else None
         self.chunks_done = 0
         self.frames_done = 0
         """Latent frames that the video has."""
         self.steps_done = 0
         """Denoising steps over all chunks."""
         self.interrupted = False
-        self._failed = False
         self._steps_finite: list[torch.Tensor] = []
 
     # What a caller does with it.
@@ -157,12 +159,18 @@ class WanRollout:
                 under way is still handed out, and the rollout is as after as many `step()`: it can go on and be saved.
 
         Raises:
-            ValueError: `decode_alongside` with models that are offloaded, which cannot run at the same time.
+            ValueError: `decode_alongside` with models that are offloaded, which cannot run at the same time, or with a
+                sampler that needs the pixels.
             RuntimeError: when the first chunk is asked for, as `step`.
         """
         stop = stop or (lambda: False)
         if decode_alongside and self.vae_decoder is not None:
             check_decode_alongside(self.components)
+            if self.sampler.needs_pixels(self.config):
+                raise ValueError(
+                    f"sampler {self.config.sampler!r} begins a chunk from the pixels of the one before, which cannot "
+                    "be decoded alongside; leave out decode_alongside"
+                )
             return chunks_decoded_alongside(self, stop)
         return self._chunks_one_by_one(stop)
 
@@ -193,7 +201,7 @@ class WanRollout:
             ValueError: a setting that a video cannot change, or a value that cannot work.
             RuntimeError: during a step.
         """
-        with self.held("change"):
+        with self._guard.held("change"):
             config = self.config.changed(**settings)
             check_extensions(config)
             self.schedulers = self.components.schedulers(config, dict(self.schedulers[1].config))
@@ -216,7 +224,7 @@ class WanRollout:
         """
         if self.source is not None:
             raise RuntimeError("this rollout reads a source video and cannot start again; make a new rollout")
-        with self.held("reset"):
+        with self._guard.held("reset"):
             self.denoiser.reset()
             self.history.clear()
             self.sampler.reset()
@@ -224,7 +232,8 @@ class WanRollout:
             if self.vae_decoder is not None:
                 self.vae_decoder.reset()
             self.chunks_done = self.frames_done = self.steps_done = 0
-            self.interrupted = self._failed = False
+            self.interrupted = False
+            self._guard.mend()
 
     def interrupt(self) -> None:
         """Stop after the current denoising step. The chunk in the making is handed out as it is then."""
@@ -291,7 +300,7 @@ class WanRollout:
             twin.sampler = self.sampler.fork(twin._context)
             twin.vae_decoder = None if self.vae_decoder is None else self.vae_decoder.fork()
             twin._seconds_before = dict(self._seconds_before)
-            twin._lock, twin._seconds_lock, twin.on_progress = threading.Lock(), threading.Lock(), None
+            twin._guard, twin._seconds_lock, twin.on_progress = RolloutGuard(), threading.Lock(), None
             return twin
 
     # What a caller looks at.
@@ -328,7 +337,7 @@ class WanRollout:
     @property
     def num_steps(self) -> int:
         """Denoising steps over all chunks. Only for a video with an end."""
-        first, later = (self.config.num_source_steps(len(scheduler.timesteps)) for scheduler in self.schedulers)
+        first, later = (self.sampler.num_steps(self.config, len(own.timesteps)) for own in self.schedulers)
         return first + (self.num_generated_chunks - 1) * later
 
     @property
@@ -336,52 +345,33 @@ class WanRollout:
         """Bytes held between steps: keys and values, prompts', inputs of forwards, latents, the VAE's state."""
         decoder = 0 if self.vae_decoder is None else self.vae_decoder.state_bytes
         parts = self.denoiser.kv_cache_bytes, self.denoiser.text_kv_bytes, self.denoiser.input_bytes
-        return sum(parts) + self.history.nbytes + decoder
+        return sum(parts) + self.history.nbytes + self.sampler.nbytes + decoder
 
     # One chunk.
 
     @contextmanager
-    def held(self, verb: str) -> Iterator[None]:
-        """Keep others from changing the rollout. Raises `RuntimeError` while something else does."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                f"cannot {verb} this rollout while it is in use; do it between two steps (a thread may be in step(), "
-                "save() or fork(), or an iterator that decodes alongside may still be open)"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    @contextmanager
     def stepping(self, prompt: Prompt | None = None) -> Iterator[None]:
         """Hold the rollout while chunks are made; an exception leaves it failed. Raises `RuntimeError` as `step`."""
-        with self.held("step"):
-            if self._failed:
-                raise RuntimeError(
-                    "a step of this rollout failed, or an iterator that ran ahead was closed, and left it "
-                    "half-written; reset() starts anew"
-                )
+        with self._guard.held("step"):
+            self._guard.check_whole("step")
             if self.done:
                 raise RuntimeError(f"the video is complete with {self.frames_done} latent frames; reset() starts anew")
             if prompt is not None:
                 self.set_prompt(prompt)
-            self._failed = True
-            try:
-                yield
-            except SourceEndedError:
-                self.interrupted, self._failed = True, False
-                raise
-            self._failed = False
+            with self._guard.writing(harmless=SourceEndedError):
+                try:
+                    yield
+                except SourceEndedError:
+                    self.interrupted = True
+                    raise
 
     @contextmanager
     def _between_steps(self, verb: str) -> Iterator[None]:
         """Hold the rollout. Raises `RuntimeError` where there is nothing whole to take."""
         if self.source is not None:
             raise RuntimeError(f"cannot {verb} this rollout: its source video is a stream and cannot be read twice")
-        with self.held(verb):
-            if self._failed:
-                raise RuntimeError(f"cannot {verb} this rollout: a step failed and left it half-written")
+        with self._guard.held(verb):
+            self._guard.check_whole(verb)
             yield
 
     def begin_chunk(self) -> ChunkInFlight:
@@ -432,10 +422,12 @@ class WanRollout:
             device = self.components.codec_device
             with in_flight.timings.stage("decode", device):
                 pixels = self.vae_decoder.decode(in_flight.latents.to(device))
+                self.sampler.take_pixels(chunk, pixels)
                 if self.config.num_frames is not None:
                     pixels = pixels[:, :, : self.config.num_frames - first_frame]
                 pixels_finite = pixels.isfinite().all()
-                frames = pixels_as(self.config.output_type, pixels)
+                if self.config.output_type != "latent":
+                    frames = pixels_as(self.config.output_type, pixels)
         check_finite(in_flight.steps_finite, pixels_finite, chunk)  # last: it waits for the device, as pixels do
         return WanVideoChunk(
             frames=frames,

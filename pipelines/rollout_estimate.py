@@ -31,13 +31,12 @@ def estimate_rollout(
     """Count without running anything. Raises `ValueError` as the rollout itself would."""
     check_extensions(config)
     check_sizes(components, config, given_frames)
-    first, later = (
-        config.num_source_steps(scheduler.num_inference_steps) for scheduler in components.schedulers(config)
-    )
+    sampler = SAMPLERS.load(config.sampler)
+    first, later = (sampler.num_steps(config, own.num_inference_steps) for own in components.schedulers(config))
     branches = 2 if config.do_classifier_free_guidance else 1
     grid = components.frame_grid(config, given_frames)
     transformer, codec = components.transformer, components.codec
-    forwards = SAMPLERS.load(config.sampler).num_forwards(config, grid, (first, later))
+    forwards = sampler.num_forwards(config, grid, (first, later))
     cache_bytes = vae_bytes = None
     cached_frames = config.window_frames or grid.total_frames
     if cached_frames is not None:

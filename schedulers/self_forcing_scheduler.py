@@ -38,7 +38,8 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
     numbers; it is not the base because it draws a noise tensor too many per chunk and counts steps itself.
 
     Args:
-        denoising_steps (`Sequence[float]`): Strictly descending, in (0, `num_train_timesteps`].
+        denoising_steps (`Sequence[float]`): Strictly descending, in [0, `num_train_timesteps`]. A step at 0 runs at
+            t = 0 with the smallest sigma of the table above 0, for models that are made for it (Krea Realtime).
         shift (`float`, defaults to 5.0): Flow shift of the table.
         warp (`bool`, defaults to `True`): Whether steps are indices into the table (whole numbers) or timesteps that
             are used as they are, with the sigma of the nearest entry.
@@ -102,13 +103,11 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
             timesteps = self._table_timesteps[indices]
         else:
             timesteps = torch.tensor(steps, dtype=torch.float32)
-            indices = (self._table_timesteps[:, None] - timesteps).abs().argmin(dim=0)
         self.steps = steps
         """As they were asked for, before warping."""
         self.timesteps = timesteps.to(device)  # (steps,) float32
-        self.sigmas = torch.cat(
-            [self._table_sigmas[indices], torch.zeros(1, dtype=torch.float32)]
-        )  # (steps + 1,) float32
+        last = torch.zeros(1, dtype=torch.float32)
+        self.sigmas = torch.cat([self._nearest_sigmas(timesteps), last])  # (steps + 1,) float32
         self.num_inference_steps = len(steps)
         self._timestep_floats: list[float] = timesteps.tolist()
         self._sigma_floats: list[float] = self.sigmas.tolist()
@@ -157,8 +156,12 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         self, original_samples: torch.Tensor, noise: torch.Tensor, timestep: float | torch.Tensor
     ) -> torch.Tensor:
         """Clean latents noised to a timestep: `(1 - sigma) * x0 + sigma * noise`, sigma of the nearest table entry."""
-        index = int((self._table_timesteps - float(timestep)).abs().argmin())
-        return self._mix(original_samples, noise, float(self._table_sigmas[index]))
+        return self._mix(original_samples, noise, float(self._nearest_sigmas(torch.tensor(float(timestep)))))
+
+    def _nearest_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Of the nearest entries above 0. At t = 0 it is the smallest, as in the original, whose table has no 0."""
+        distances = self._table_timesteps[:-1] - timesteps[..., None]
+        return self._table_sigmas[distances.abs().argmin(dim=-1)]
 
     @staticmethod
     def _mix(x0: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -184,8 +187,8 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         last = self.config.num_train_timesteps
         if not steps:
             raise ValueError("denoising_steps is empty; it needs at least one step")
-        if not all(isinstance(step, int | float) and 0 < step <= last for step in steps):
-            raise ValueError(f"denoising_steps is {steps}; every step must be a number above 0 and at most {last}")
+        if not all(isinstance(step, int | float) and 0 <= step <= last for step in steps):
+            raise ValueError(f"denoising_steps is {steps}; every step must be a number from 0 to at most {last}")
         if any(later >= earlier for earlier, later in itertools.pairwise(steps)):
             raise ValueError(f"denoising_steps is {steps}; the steps must descend strictly")
         if self.config.warp and any(step != int(step) for step in steps):

@@ -41,7 +41,7 @@ def new_checkpoint_folder(output: str | Path, overwrite: bool = False) -> Iterat
         OSError: the place is not writable.
     """
     target = Path(output).expanduser().resolve()
-    _refuse_occupied(target, overwrite)
+    refuse_occupied(target, overwrite)
     made_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
@@ -56,7 +56,8 @@ def new_checkpoint_folder(output: str | Path, overwrite: bool = False) -> Iterat
         raise
 
 
-def _refuse_occupied(target: Path, overwrite: bool) -> None:
+def refuse_occupied(target: Path, overwrite: bool) -> None:
+    """Raise `ValueError` where `new_checkpoint_folder` would."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"The output {target} is a file; give the name of a new folder.")
     if not target.is_dir() or not any(target.iterdir()):

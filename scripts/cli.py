@@ -23,6 +23,7 @@ from wan_autoregressive.scripts.interrupts import handle_stops, raise_stopped
 # or else `main(words) -> int`. Only that of the subcommand that is asked for is imported: most of them import torch.
 COMMANDS = {
     "generate": ("wan_autoregressive.scripts.generate", "render a video from a prompt"),
+    "pull": ("wan_autoregressive.scripts.pull", "get a published checkpoint by name"),
     "convert": ("wan_autoregressive.scripts.convert", "make a checkpoint folder from published weights"),
     "estimate": ("wan_autoregressive.scripts.estimate", "compute the memory and the FLOPs of a model of any size"),
     "benchmark": ("wan_autoregressive.scripts.benchmark", "measure the seconds of every stage with random weights"),

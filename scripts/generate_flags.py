@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from docstring_parser import parse_from_object
 
 from wan_autoregressive.configs import GenerateConfig, load_preset, preset_names, resolve_config
+from wan_autoregressive.configs.checkpoints import published_checkpoints
 from wan_autoregressive.configs.generate_config import SETTING_NAMES
 from wan_autoregressive.configs.messages import one_line
 from wan_autoregressive.configs.presets import is_settings_file
@@ -130,9 +131,7 @@ def _read(
     file = {} if config is None else load_preset(config)
     flags = dict(settings or {})
     model = flags.get("model", file.get("model"))
-    # The demo makes small videos only: its settings are the defaults where nothing else is said.
-    base = load_preset(DEMO) if str(model or DEMO) == DEMO else {}
-    resolved = resolve_config(base, file, _as_layer(flags))
+    resolved = resolve_config(_settings_of_model(str(model or DEMO), config), file, _as_layer(flags))
     files: list[Any] = [config if config is not None and is_settings_file(config) else None]
     files += [layer.get("prompt_changes") for layer in (file, flags)]
     files += [resolved.image, resolved.video, resolved.prompts]
@@ -140,6 +139,16 @@ def _read(
     return GenerateArguments(
         resolved, inputs, model is not None, print_config, dry_run, checkpoint_every, resume, decode_alongside
     )
+
+
+def _settings_of_model(model: str, config: str | None) -> dict[str, Any]:
+    """The defaults that come with a model: the demo makes small videos only, a published checkpoint has its preset."""
+    if model == DEMO:
+        return load_preset(DEMO)
+    entry = published_checkpoints().get(model)
+    if entry is None or entry.preset is None or config is not None or Path(model).exists():
+        return {}
+    return load_preset(entry.preset)
 
 
 def _as_layer(flags: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from wan_autoregressive.configs import GenerateConfig
+from wan_autoregressive.configs.checkpoints import checkpoint_folder, nearest_checkpoint, published_checkpoints
 from wan_autoregressive.demo import DEMO, demo_checkpoint
 
 if TYPE_CHECKING:
@@ -33,9 +34,18 @@ _LAYER_NAMES = {"transformer": re.compile(r"blocks\.(\d+)\."), "text_encoder": r
 
 
 def model_folder(config: GenerateConfig) -> Path:
-    """The folder that `config.model` names: the packaged demo for `demo`, unless there is a folder of that name."""
-    if str(config.model) == DEMO and not config.model.exists():
+    """The folder that `config.model` names.
+
+    A folder that is there comes first, then the packaged demo for `demo`, then what `wan-ar pull` got under a name.
+
+    Raises:
+        ValueError: the name is that of a published checkpoint that is not there; the message says how to get it.
+    """
+    name = str(config.model)
+    if name == DEMO and not config.model.exists():
         return demo_checkpoint()
+    if name in published_checkpoints() and not config.model.exists():
+        return checkpoint_folder(name)
     return config.model
 
 
@@ -46,7 +56,9 @@ def check_model_folder(folder: Path) -> None:
         ValueError: what is missing, foreign or damaged.
     """
     if not folder.is_dir():
-        state = "is a file; `wan-ar convert` makes a folder of it" if folder.exists() else "does not exist"
+        near = nearest_checkpoint(str(folder))
+        hint = f"; did you mean the published checkpoint '{near}'?" if near else ""
+        state = "is a file; `wan-ar convert` makes a folder of it" if folder.exists() else f"does not exist{hint}"
         raise ValueError(f"the model folder '{folder}' {state}")
     index = _read_index(folder)
     for name, allowed in _COMPONENTS.items():
@@ -116,6 +128,8 @@ def load_pipeline(config: GenerateConfig) -> Any:
     dtype = _pick_dtype(config.dtype, device)
     with _quiet_libraries():
         pipe = _load(model_folder(config), dtype)
+        if config.tiny_vae is not None:
+            pipe.vae = _load_tiny_vae(config.tiny_vae, config.tiny_vae_latents, dtype)
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     overrides = {name: getattr(config, name) for name in ("shift", "warp") if getattr(config, name) is not None}
@@ -126,8 +140,21 @@ def load_pipeline(config: GenerateConfig) -> Any:
 
         pipe.scheduler = SelfForcingScheduler.from_config(pipe.scheduler.config, **overrides)
     if config.vae_tiling:
+        if config.tiny_vae is not None:
+            raise ValueError("vae_tiling and tiny_vae do not go together: a tiny VAE needs no tiles; leave one out")
         pipe.vae.enable_tiling()
     return pipe
+
+
+def _load_tiny_vae(path: Path, latent_space: Any, dtype: Any) -> Any:
+    from wan_autoregressive.models import AutoencoderTinyWan
+
+    try:
+        if path.is_dir():
+            return AutoencoderTinyWan.from_pretrained(path, dtype=dtype)
+        return AutoencoderTinyWan.from_single_file(path, latent_space=latent_space, dtype=dtype)
+    except OSError as error:
+        raise ValueError(f"cannot load the tiny VAE '{path}': {' '.join(str(error).split())}") from error
 
 
 def with_model_defaults(config: GenerateConfig, pipe: Any) -> GenerateConfig:

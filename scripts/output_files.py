@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan_autoregressive.media.video_writer import check_video_target
+from wan_autoregressive.atomic_file import check_replaceable
+from wan_autoregressive.media.video_writer import check_video_target, part_path_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class OutputFiles:
     @property
     def part(self) -> Path:
         """What is done of an unfinished video, playable."""
-        return self.video.with_name(f"{self.video.stem}.part.mp4")
+        return part_path_of(self.video)
 
     @property
     def joining(self) -> Path:
@@ -58,21 +58,17 @@ def check_output_files(output: Path, inputs: Iterable[Path], contact_sheet: bool
         OSError: something is in the way, or a name is too long.
     """
     files = OutputFiles(output)
-    _check_name_length(files)
     check_video_target(output)
-    written = {"report": files.report, "part": files.part, "file for joining": files.joining}
+    written = {"report": files.report, "file for joining": files.joining}
     if contact_sheet:
         written["contact sheet"] = files.contact_sheet
-    for kind, path in written.items():
-        # A link would lead to a file elsewhere, and a pipe that nobody reads would keep us waiting.
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            state = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "no plain file"
-            raise FileExistsError(f"the {kind} of '{output}' would be '{path}', which is {state}; move it away")
+    for path in written.values():
+        check_replaceable(path)
     folder = files.resume_folder
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise FileExistsError(f"'{folder}', where an unfinished '{output}' is kept, is a link or a file; move it away")
     for source in inputs:
-        for kind, path in ({"video": output} | written).items():
+        for kind, path in ({"video": output, "part": files.part} | written).items():
             if path.exists() and source.exists() and path.samefile(source):
                 raise ValueError(f"the {kind} would be written over the input '{source}'; give another output")
         if folder.exists() and folder.resolve() in source.resolve().parents:
@@ -81,20 +77,6 @@ def check_output_files(output: Path, inputs: Iterable[Path], contact_sheet: bool
         raise ValueError(
             f"'{files.report}' is no report of this command, and that of '{output}' would replace it; give another "
             "output or move it away"
-        )
-
-
-def _check_name_length(files: OutputFiles) -> None:
-    """The longest name is that of the report while it is written."""
-    longest = f".{files.report.name}.12345678.part"
-    try:
-        limit = os.pathconf(files.video.parent, "PC_NAME_MAX")
-    except (AttributeError, OSError, ValueError):
-        limit = 255
-    excess = len(os.fsencode(longest)) - limit
-    if excess > 0:
-        raise ValueError(
-            f"the output's name '{files.video.name[:20]}…' is too long for the files beside it; shorten it by {excess}"
         )
 
 

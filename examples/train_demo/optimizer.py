@@ -15,8 +15,8 @@ from torch import nn
 class MuonAdamW:
     """`torch.optim.Muon` on parameters of two and more dimensions, AdamW on vectors and what is named in `plain`.
 
-    Muon takes matrices only, so it works on views of the kernels, (outputs, everything else): the parameters have to
-    stay where they are in memory.
+    Muon takes matrices only, so it works on copies of the kernels as (outputs, everything else); kernels may have any
+    memory format.
 
     Args:
         named_parameters: what to train.
@@ -35,7 +35,7 @@ class MuonAdamW:
         for name, parameter in named_parameters:
             is_map = parameter.ndim >= 2 and min(parameter.shape[0], parameter[0].numel()) > 1
             (kernels if is_map and not any(part in name for part in plain) else vectors).append(parameter)
-        self._matrices = [(kernel, kernel.detach().view(len(kernel), -1)) for kernel in kernels]
+        self._matrices = [(kernel, kernel.detach().flatten(1).clone()) for kernel in kernels]
         self._muon = torch.optim.Muon(
             [matrix for _, matrix in self._matrices], learning_rate, weight_decay=0, adjust_lr_fn="match_rms_adamw"
         )
@@ -46,11 +46,15 @@ class MuonAdamW:
         for group in (*self._muon.param_groups, *self._adamw.param_groups):
             group["lr"] = learning_rate
 
+    @torch.no_grad()
     def step(self) -> None:
         """Apply the gradients of the parameters."""
         for kernel, matrix in self._matrices:
-            matrix.grad = None if kernel.grad is None else kernel.grad.view_as(matrix)
+            matrix.copy_(kernel.flatten(1))
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         self._muon.step()
+        for kernel, matrix in self._matrices:
+            kernel.copy_(matrix.view_as(kernel))
         self._adamw.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
@@ -41,6 +42,8 @@ class SamplingContext:
     history: LatentHistory
     """Clean latents of the chunks that are done."""
     observer: StepObserver
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    """Latents of pixels `(batch, 3, frames, height, width)` in [-1, 1], as a video of their own."""
     given_latents: torch.Tensor | None = None
     """`(batch, channels, frames, height, width)` that come first in the video."""
     source: SourceVideo | None = None
@@ -87,6 +90,14 @@ class Sampler:
         if config.given_in_chunk and not cls.denoises_by_chunk:
             raise ValueError(f"given_in_chunk does not work with sampler {config.sampler!r}; leave it out")
 
+    @classmethod
+    def needs_pixels(cls, config: RolloutConfig) -> bool:
+        """Whether a chunk can only be begun once the one before it is decoded."""
+        return False
+
+    def take_pixels(self, chunk: Chunk, pixels: torch.Tensor) -> None:
+        """A chunk has been decoded, to `(batch, 3, frames, height, width)` in [-1, 1]."""
+
     def prepare(self, chunk: Chunk) -> Chunk:
         """Take what a chunk needs from outside, before anything runs; it may come out shorter.
 
@@ -111,6 +122,11 @@ class Sampler:
         self.context.denoiser.cache_context(latents, Window(chunk.frames, (0.0,)))
 
     @classmethod
+    def num_steps(cls, config: RolloutConfig, listed: int) -> int:
+        """Denoising steps of a chunk, of a list with `listed` steps."""
+        return config.num_source_steps(listed)
+
+    @classmethod
     def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
         """Forwards of a whole video under one prompt, or `None` if that is not known.
 
@@ -128,6 +144,11 @@ class Sampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that it remembers."""
+        return 0
 
     def fork(self, context: SamplingContext) -> Self:
         """A copy that goes on from here on its own, with another context."""

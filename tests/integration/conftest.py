@@ -9,7 +9,7 @@ from saved_rollouts import start
 from saved_runs import CHUNK_STARTS, FRAMES, STOP, frames_of, words
 
 from wan_autoregressive import WanAutoregressivePipeline
-from wan_autoregressive.models.lean_layers import LeanRMSNorm
+from wan_autoregressive.models.in_place_layers import InPlaceRMSNorm
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts import cli
 
@@ -17,7 +17,7 @@ from wan_autoregressive.scripts import cli
 @pytest.fixture
 def short_tiles(monkeypatch):
     """Norms work tile by tile, in as many as the tokens of a real model are."""
-    monkeypatch.setattr(LeanRMSNorm, "_TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr(InPlaceRMSNorm, "_TOKENS_AT_ONCE", 4)
 
 
 @pytest.fixture(scope="module")

@@ -131,3 +131,14 @@ def test_forget_takes_up_weights_that_were_changed_in_place(pipe):
     rollout.conditions.forget()
     assert rollout.conditions.time(1000.0) is not before
     assert rollout.conditions.time(1000.0).modulation is None
+
+
+def test_timesteps_that_never_come_again_are_dropped():
+    memory = ConditionMemory()
+    for timestep in range(1000):
+        memory.time(float(timestep)).temb = torch.zeros(1)
+    assert memory.nbytes == 64 * 4
+    first = memory.time(999.0)
+    for timestep in range(63):
+        memory.time(float(timestep))
+    assert memory.time(999.0) is first  # the least recently used go first

@@ -236,7 +236,7 @@ def test_an_error_in_decoding_comes_after_the_chunks_before_it(pipe, monkeypatch
         next(chunks)
     assert caught.value is error
     assert len(made) <= 4
-    with pytest.raises(RuntimeError, match="a step of this rollout failed"):
+    with pytest.raises(RuntimeError, match="a step of it failed"):
         rollout.step()
     monkeypatch.undo()
     rollout.reset()

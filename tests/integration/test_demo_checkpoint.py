@@ -1,13 +1,16 @@
 """The trained demo: right on prompts it never saw, and worse with every mistake that a rollout could make."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from examples.train_demo import world
 from examples.train_demo.evaluate import evaluate_pipeline
 from examples.train_demo.score import summarize
-from wan_autoregressive import WanAutoregressivePipeline, WanKVCache, demo_checkpoint
-from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive import CausalWanTransformer3DModel, WanAutoregressivePipeline, WanKVCache, demo_checkpoint
+from wan_autoregressive.pipelines.denoiser import Denoiser
+from wan_autoregressive.pipelines.samplers.chunkwise import ChunkwiseSampler
 
 CHUNKS = 6
 
@@ -58,7 +61,7 @@ def test_fits_in_the_package():
 
 
 def no_clean_pass(monkeypatch) -> None:
-    monkeypatch.setattr(WanRollout, "_clean_pass", lambda self, skip_prompt_branch: None)
+    monkeypatch.setattr(ChunkwiseSampler, "cache_past", lambda self, skip_prompt=False: None)
 
 
 def append_and_overwrite_swapped(monkeypatch) -> None:
@@ -81,15 +84,21 @@ def forget_the_past(monkeypatch) -> None:
 
 
 def wrong_frame_offset(monkeypatch) -> None:
-    flow = WanRollout.flow
-    monkeypatch.setattr(WanRollout, "flow", lambda self, latents, t, start, *rest: flow(self, latents, t, 0, *rest))
+    plan = CausalWanTransformer3DModel.plan_forward
+
+    def at_the_start(self, latents, cache, frame_offset, **options):
+        return plan(self, latents, cache, 0, **options)
+
+    monkeypatch.setattr(CausalWanTransformer3DModel, "plan_forward", at_the_start)
 
 
 def wrong_timestep(monkeypatch) -> None:
-    flow = WanRollout.flow
-    monkeypatch.setattr(
-        WanRollout, "flow", lambda self, latents, t, start, *rest: flow(self, latents, t / 2, start, *rest)
-    )
+    predict = Denoiser.predict
+
+    def halved(self, latents, window):
+        return predict(self, latents, replace(window, timesteps=tuple(t / 2 for t in window.timesteps)))
+
+    monkeypatch.setattr(Denoiser, "predict", halved)
 
 
 def overall(values: dict[str, float]) -> float:

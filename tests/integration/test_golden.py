@@ -22,6 +22,45 @@ def test_equals_the_original(name, sinusoid_dtype):
     assert max(found.values()) <= BOUNDS[sinusoid_dtype], found
 
 
+def doubled(meta, tensors):
+    """Two videos of the same."""
+    meta |= {"batch": 2, "prompt_of_chunk": 2 * meta["prompt_of_chunk"]}
+    return {name: t if name.startswith("prompt") else torch.cat([t, t]) for name, t in tensors.items()}
+
+
+def guided_by_itself(meta, tensors):
+    """Against a negative prompt that is the prompt guidance changes nothing."""
+    meta |= {"guidance_scale": 3.0, "negative_prompt": "p0"}
+    twins = [{**forward, "branch": "uncond"} for forward in meta["forwards"]]
+    meta["forwards"] = [twin for pair in zip(meta["forwards"], twins, strict=True) for twin in pair]
+    return tensors
+
+
+def extended(meta, tensors):
+    """Given its first chunk a video is what it was: clean latents are cached alike."""
+    meta["prompt_of_chunk"] = [prompts[1:] for prompts in meta["prompt_of_chunk"]]
+    meta["forwards"] = meta["forwards"][meta["schedule"]["steps"] :]  # the clean pass caches the given chunk
+    tensors |= {"initial_latent": tensors["latents"][:, :8], "noise": tensors["noise"][:, 8:]}
+    numbered = {name: t for name, t in tensors.items() if name.startswith(("x0.", "input."))}
+    for name, tensor in numbered.items():
+        del tensors[name]
+        kind, chunk, step = name.split(".")
+        if chunk != "c00":
+            tensors[f"{kind}.c{int(chunk[1:]) - 1:02}.{step}"] = tensor
+    return tensors
+
+
+@pytest.mark.parametrize("change", [doubled, guided_by_itself, extended])
+def test_equals_the_original_where_a_change_makes_no_difference(change):
+    path = CASES["ll2_t2v_48f"]
+    meta, tensors = golden.load_case(path)
+    tensors = {name: tensor.contiguous() for name, tensor in change(meta, tensors).items()}
+    kind = golden.kind_of(path, meta)
+    found = kind.differences(meta, tensors, golden.weights_folder_of(path, meta, kind))
+    assert set(found) == {"latents", "x0", "inputs", "kv"}
+    assert max(found.values()) <= golden.BOUND, found
+
+
 # Deliberate mistakes must be far outside the bound, or the comparison would show nothing.
 @pytest.mark.parametrize(
     ("name", "mistake"),

@@ -89,14 +89,13 @@ def test_errors_do_not_accumulate(mode):
     assert max(errors[-20:]) < 2 * max(errors[3:23])
 
 
-def test_the_plan_knows_its_bytes(pipe):
+def test_the_estimate_knows_its_bytes(pipe):
     for options in ({}, SINK, {"guidance_scale": 2.0}):
         rollout = start(pipe, **options, kv_dtype="int8")
         rollout.step()
-        caches = [cache for cache in (rollout.cache, rollout.negative_cache) if cache is not None]
-        plan = pipe.plan(**SIZE, num_frames=49, **options, kv_dtype="int8")
-        assert plan.kv_cache_bytes == sum(cache.allocated_bytes for cache in caches)
-        assert plan.kv_cache_bytes < pipe.plan(**SIZE, num_frames=49, **options).kv_cache_bytes
+        estimate = pipe.estimate(**SIZE, num_frames=49, **options, kv_dtype="int8")
+        assert estimate.kv_cache_bytes == rollout.denoiser.kv_cache_bytes
+        assert estimate.kv_cache_bytes < pipe.estimate(**SIZE, num_frames=49, **options).kv_cache_bytes
 
 
 def test_a_dry_run_knows_its_bytes(tmp_path, capsys):

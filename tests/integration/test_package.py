@@ -1,6 +1,7 @@
 """The wheel: built, installed in a clean environment, and its command run outside the repository."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -27,10 +28,20 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
+    """Built from a copy: setuptools would take over what an earlier build left in `build/`."""
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
+    for path in repository_files():
+        (folder / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / "source" / path)
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, folder / "source", cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
+
+
+def repository_files() -> list[Path]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.check_output(command, cwd=ROOT, text=True).splitlines()
+    return [Path(name) for name in listed if (ROOT / name).is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +79,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
     places = {folder: name.replace(".", "/") for name, folder in folders.items()}
     expected = set()
-    for path in map(Path, subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()):
-        if path.parts[0] in places and (ROOT / path).exists():
+    for path in repository_files():
+        if path.parts[0] in places:
             expected.add(str(Path(places[path.parts[0]], *path.parts[1:])))
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}

@@ -194,7 +194,7 @@ def written_memory(rollout) -> set[int]:
     tensors = [part for block in blocks for buffer in (block._key, block._value) for part in buffer.parts]
     for memory in (
         rollout.denoiser.experts[0]._inputs,
-        rollout.conditions._fixed,
+        rollout.conditions._static,
         rollout.conditions._text_kv,
         rollout.cache.slots,
     ):
@@ -211,4 +211,4 @@ def test_a_fork_shares_no_memory_that_is_written(pipe, kv_dtype):
     fork.step()
     assert not written_memory(parent) & written_memory(fork)
     assert fork.components is parent.components
-    assert fork._lock is not parent._lock
+    assert fork._guard is not parent._guard

@@ -153,5 +153,5 @@ def test_latents_that_are_no_numbers_stop_the_video(pipe, tmp_path, bad, step):
     )
     with pytest.raises(RuntimeError, match=message):
         rollout.step()
-    with pytest.raises(RuntimeError, match="a step of this rollout failed"):
+    with pytest.raises(RuntimeError, match="a step of it failed"):
         rollout.step()

@@ -348,7 +348,7 @@ def test_a_step_that_fails_says_so_and_stays_failed(pipe, monkeypatch):
     monkeypatch.setattr(rollout.schedulers[1], "step", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rollout.step()
-    with pytest.raises(RuntimeError, match="a step of this rollout failed"):
+    with pytest.raises(RuntimeError, match="a step of it failed"):
         rollout.step()
     monkeypatch.undo()
     rollout.reset()

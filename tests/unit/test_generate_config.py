@@ -41,7 +41,7 @@ def test_defaults_are_valid_and_frozen() -> None:
         ({"output": ""}, "output: the name is empty"),
         ({"denoising_steps": "0"}, "a count of steps must be between 1 and 1000, got 0"),
         ({"denoising_steps": "250,500"}, "denoising_steps must descend, got 250, 500"),
-        ({"denoising_steps": [1001]}, "above 0 and at most 1000, got 1001"),
+        ({"denoising_steps": [1001]}, "from 0 to 1000, got 1001"),
         ({"denoising_steps": ""}, "denoising_steps must descend, got none"),
         ({"device": "gpu"}, "device: must be auto, cpu"),
         ({"dtype": "int8"}, "dtype: must be 'auto', 'float32'"),
@@ -90,12 +90,20 @@ def test_a_later_layer_replaces_what_excludes_it() -> None:
 
 def test_every_preset_is_a_recipe_and_nothing_else() -> None:
     assert preset_names() == [
+        "causal_forcing_1step",
+        "causal_forcing_2step",
         "causal_forcing_framewise",
+        "causal_forcing_long",
         "causvid",
         "demo",
         "infinity_rope",
+        "krea_14b",
         "longlive",
+        "longlive2",
+        "longlive2_2step",
+        "longlive2_i2v",
         "reward_forcing",
+        "rolling_forcing",
         "self_forcing",
     ]
     for name in preset_names():

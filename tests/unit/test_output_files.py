@@ -50,20 +50,20 @@ def test_only_a_report_is_replaced_by_a_report(tmp_path: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.png", "x.part.mp4", "x.joining.mp4", "x.resume"])
-@pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
 def test_what_is_no_plain_file_is_in_the_way(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name
-    (tmp_path / "elsewhere").mkdir()
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to(tmp_path / ("elsewhere" if kind == "link" else "nowhere"))
+        (tmp_path / "elsewhere").mkdir()
+        path.symlink_to(tmp_path / "elsewhere")
     if (name, kind) == ("x.resume", "folder"):
         check_output_files(tmp_path / "x.mp4", [], contact_sheet=True)
         return
-    with pytest.raises(OSError, match="move it away"):
+    with pytest.raises(OSError, match=name):
         check_output_files(tmp_path / "x.mp4", [], contact_sheet=True)
 
 
@@ -78,14 +78,14 @@ def test_the_longest_name_that_passes_can_be_written(tmp_path: Path) -> None:
         path.touch()
     with hold_output(longest):
         pass
-    with pytest.raises(ValueError, match="shorten it by 1"):
+    with pytest.raises(OSError, match="too long"):
         check_output_files(longest.with_name(f"x{longest.name}"), [], contact_sheet=False)
 
 
 def _passes(path: Path) -> bool:
     try:
         check_output_files(path, [], contact_sheet=False)
-    except ValueError:
+    except OSError:
         return False
     return True
 

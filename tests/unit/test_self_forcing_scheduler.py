@@ -103,7 +103,7 @@ def test_set_timesteps():
         ({"denoising_steps": (1000, 1000)}, "descend"),
         ({"denoising_steps": (250, 500)}, "descend"),
         ({"denoising_steps": (1001, 500)}, "at most 1000"),
-        ({"denoising_steps": (1000, 0)}, "above 0"),
+        ({"denoising_steps": (1000, -1)}, "from 0 to"),
         ({"denoising_steps": (1000, "a")}, "must be a number"),
         ({"denoising_steps": (1000, 500.5)}, "whole numbers"),
         ({"shift": 0}, "shift is 0"),
@@ -112,6 +112,15 @@ def test_set_timesteps():
 def test_refuses_bad_lists(arguments, message):
     with pytest.raises(ValueError, match=message):
         SelfForcingScheduler(**arguments)
+
+
+def test_a_step_at_0_has_the_smallest_sigma_above_0():
+    scheduler = SelfForcingScheduler(denoising_steps=(1000, 500, 0))
+    assert scheduler.timesteps[-1] == 0
+    smallest = 5 * 0.001 / (1 + 4 * 0.001)
+    torch.testing.assert_close(scheduler.sigmas[2].item(), smallest, rtol=1e-5, atol=0)
+    noisy = scheduler.add_noise(torch.zeros(1), torch.ones(1), 0.0)
+    torch.testing.assert_close(noisy.item(), smallest, rtol=1e-5, atol=0)
 
 
 def test_refuses_a_foreign_timestep():

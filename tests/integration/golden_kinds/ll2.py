@@ -68,9 +68,7 @@ def differences(
     recorded = [key for key in sorted(videos) if key.startswith("input.")]
     if recorded:
         found["inputs"] = largest_difference([inputs[key] for key in recorded], [videos[key] for key in recorded])
-    if in_order(tensors, "kv."):
-        found["kv"] = _key_value_difference(meta, tensors, recorder)
-    return found
+    return found | _kv_difference(meta, tensors, recorder)
 
 
 def settings_of(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -132,10 +130,10 @@ def new_rollout(
     )
 
 
-def _key_value_difference(meta: dict[str, Any], tensors: dict[str, torch.Tensor], recorder: Recorder) -> float:
+def _kv_difference(meta: dict[str, Any], tensors: dict[str, torch.Tensor], recorder: Recorder) -> dict[str, float]:
     forwards = [forward for forward in meta["forwards"] if forward["branch"] == "cond"]
     if len(recorder.key_values) != len(forwards):
-        return math.inf
+        return {"kv": math.inf}
     got, expected = [], []
     for forward, key_values in zip(forwards, recorder.key_values, strict=True):
         for of, held in zip(("k", "v"), key_values, strict=True):
@@ -145,4 +143,4 @@ def _key_value_difference(meta: dict[str, Any], tensors: dict[str, torch.Tensor]
             if forward.get("kv_cache_snapshot"):
                 got.append(held)
                 expected.append(tensors[f"{forward['kv_cache_snapshot']}.{of}"])
-    return largest_difference(got, expected)
+    return {"kv": largest_difference(got, expected)} if expected else {}

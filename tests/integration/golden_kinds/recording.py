@@ -70,7 +70,7 @@ class Recorder:
         def recording_end(cache: WanKVCache) -> None:
             end_forward(cache)
             caches.append(cache)
-            if cache is caches[0]:  # with guidance the negative prompt's cache comes second
+            if cache is caches[0] and cache.num_tokens:  # with guidance the negative prompt's cache comes second
                 block = cache.block_caches[self.layer]
                 assert block.cached_key is not None
                 assert block.cached_value is not None

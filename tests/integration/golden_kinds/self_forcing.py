@@ -1,5 +1,6 @@
 """Self-Forcing, and LongLive 1.0 with its prompt switch."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +50,16 @@ def differences(
         "latents": largest_difference([latents], [videos["latents"]]),
         "x0": largest_difference(x0, in_order(videos, "x0.")),
     }
-    if in_order(tensors, "kv."):
-        found["kv"] = _key_value_difference(meta, tensors, recorder)
-    return found
+    return found | _kv_difference(meta, tensors, recorder)
 
 
 def scheduler_of(meta: dict[str, Any]) -> SelfForcingScheduler:
     schedule = meta["schedule"]
+    # By keyword: diffusers takes what is passed by position for a default, and leaves it out of copies.
     return SelfForcingScheduler(
-        schedule["denoising_step_list_arg"], schedule["timestep_shift"], schedule["warp_denoising_step"]
+        denoising_steps=schedule["denoising_step_list_arg"],
+        shift=schedule["timestep_shift"],
+        warp=schedule["warp_denoising_step"],
     )
 
 
@@ -79,7 +81,7 @@ def rollout_arguments(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> 
     return arguments
 
 
-def _key_value_difference(meta: dict[str, Any], tensors: dict[str, torch.Tensor], recorder: Recorder) -> float:
+def _kv_difference(meta: dict[str, Any], tensors: dict[str, torch.Tensor], recorder: Recorder) -> dict[str, float]:
     """Our forwards are the original's without what changes nothing: the clean pass before a re-cache or at the end."""
     forwards = meta["forwards"]
     needless = [
@@ -89,10 +91,10 @@ def _key_value_difference(meta: dict[str, Any], tensors: dict[str, torch.Tensor]
     ]
     ours = [forward for i, forward in enumerate(forwards) if i not in needless]
     if len(recorder.key_values) != len(ours):
-        return float("inf")
+        return {"kv": math.inf}
     got, expected = [], []
     for forward, key_values in zip(ours, recorder.key_values, strict=True):
         if "kv_snapshot" in forward:
             got += key_values
             expected += [tensors[f"{forward['kv_snapshot']}.{of}"] for of in ("k", "v")]
-    return largest_difference(got, expected)
+    return {"kv": largest_difference(got, expected)} if expected else {}

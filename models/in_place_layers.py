@@ -4,7 +4,7 @@ import torch
 from diffusers.models.activations import GELU
 
 
-class LeanGELU(GELU):
+class InPlaceGELU(GELU):
     """Works in the memory of its projection, the widest tensor of a block."""
 
     def gelu(self, gate: torch.Tensor) -> torch.Tensor:
@@ -13,7 +13,7 @@ class LeanGELU(GELU):
         return torch.ops.aten.gelu_(gate, approximate=self.approximate)
 
 
-class LeanRMSNorm(torch.nn.RMSNorm):
+class InPlaceRMSNorm(torch.nn.RMSNorm):
     """Works in the memory of a projection on the CPU, for which PyTorch has no fused kernel."""
 
     _TOKENS_AT_ONCE = 256

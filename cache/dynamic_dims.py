@@ -1,10 +1,10 @@
-"""One graph for tensors of any length, where torch.compile would make one for each."""
+"""Dynamic dimensions: one graph for tensors of any length, where torch.compile would make one for each."""
 
 import torch
 import torch._dynamo
 
 
-def allow_any_length(*tensors: torch.Tensor, dim: int = 1) -> None:
+def mark_dynamic(*tensors: torch.Tensor, dim: int = 1) -> None:
     """A block compiled after this makes no assumption on the size of `dim`, if it can do without."""
     if not torch.compiler.is_compiling():
         for tensor in tensors:

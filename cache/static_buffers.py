@@ -1,4 +1,4 @@
-"""Tensors that take new values in place, so that a captured CUDA graph finds them where it was told to."""
+"""Static buffers: tensors that take new values in place, so that a captured CUDA graph finds them where they were."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -6,11 +6,12 @@ from collections.abc import Hashable, Sequence
 import torch
 
 
-class FixedMemory:
-    """Memory by name, and in it the tensor that was last asked for under that name.
+class StaticBuffers:
+    """One buffer for each name, which every tensor of that name is written to.
 
-    A tensor starts where the last one of its name did, as long as that was no smaller and of the same dtype and
-    device; what was read there before is overwritten. Put into the name what must stay while other sizes come between.
+    A tensor starts where the last one of its name did, as long as the buffer is large enough and of the same dtype and
+    device; what was read there before is overwritten. Tensors that must not overwrite each other need names of their
+    own, so a size that comes and goes belongs in the name.
     """
 
     def __init__(self) -> None:
@@ -28,12 +29,12 @@ class FixedMemory:
                 memory = self._memory[name] = torch.empty(size, dtype=dtype, device=device)
         return memory[:size].view(*shape)
 
-    def hold(self, name: Hashable, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A copy of `tensor`, in `dtype` if that is given."""
+    def copy_in(self, name: Hashable, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy of `tensor` in its buffer, in `dtype` if that is given."""
         return self.empty(name, tensor.shape, dtype or tensor.dtype, tensor.device).copy_(tensor)
 
     def clear(self) -> None:
-        """Free it."""
+        """Free all buffers."""
         self._memory.clear()
 
     @property
