@@ -79,10 +79,10 @@ def check_model_folder(folder: Path) -> None:
                 names.setdefault(path.parent.name, set()).update(file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"the weights in '{path}' are damaged or cut off: {error}") from error
-    for config_path in (folder / component / "config.json" for component in components):
+    for config_path in (folder / component / "config.json" for component in (*_LAYER_NAMES, "vae")):
         component = config_path.parent.name
         config = read_json(config_path) if config_path.is_file() else {}
-        if component in _LAYER_NAMES and names[component]:
+        if component in _LAYER_NAMES and names.get(component):
             check_layers(component, config, names[component], config_path)
 
 
