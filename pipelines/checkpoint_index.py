@@ -35,9 +35,7 @@ def swap_component_classes(config_dict: dict[str, Any]) -> dict[str, Any]:
             )
     first, second = ((config_dict.get(name) or (None, None))[1] for name in ("transformer", "transformer_2"))
     if second is not None and first is None:
-        raise ValueError(
-            "this folder holds a transformer_2 and no transformer; a pair of experts needs both"
-        )
+        raise ValueError("this folder holds a transformer_2 and no transformer; a pair of experts needs both")
     for name in _NOT_OURS:
         config_dict.pop(name, None)
     for name, classes in _OUR_CLASSES.items():
