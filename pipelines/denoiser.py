@@ -1,11 +1,15 @@
 """What one forward over these frames at these noise levels gives.
 
-A denoiser holds what the transformer keeps of one video: keys and values, conditions, the prompt. It knows neither the
+A denoiser holds what the transformers keep of one video: keys and values, conditions, the prompt. It knows neither the
 order of chunks nor what a prompt was before, and no VAE.
+
+Of two transformers (Wan2.2-A14B's experts for high and for low noise) each step runs one. Both cache every finished
+chunk, each in keys and values of its own, and each computes the text by itself, which FastVideo's code does not.
 """
 
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,7 @@ from wan_autoregressive.models.causal_wan_transformer import CausalWanTransforme
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.forward_plan import PastFrames
 from wan_autoregressive.pipelines.components import WanComponents
+from wan_autoregressive.pipelines.offload import make_room
 from wan_autoregressive.pipelines.prompts import PromptState
 
 
@@ -171,7 +176,7 @@ class Expert:
 
 
 class Denoiser:
-    """The transformer of one video, under its prompt.
+    """The transformer of one video, or its two experts, under its prompt.
 
     Args:
         total_frames (`int`, *optional*): Latent frames of the video, if it has an end.
@@ -193,14 +198,26 @@ class Denoiser:
         self.guidance_scale = config.guidance_scale
         self._tokens_per_frame = components.tokens_per_frame(config)
         branches = 2 if config.do_classifier_free_guidance else 1
-        caches = [components.new_kv_cache(config, total_frames) for _ in range(branches)]
-        self.experts = [Expert(components.transformer, caches, attention_kwargs or {})]
+        self.boundary = components.boundary
+        """Timestep from which the first of two experts denoises; `None` with one."""
+        self.experts = [
+            Expert(
+                transformer,
+                [components.new_kv_cache(config, total_frames) for _ in range(branches)],
+                attention_kwargs or {},
+            )
+            for transformer in components.transformers
+        ]
 
     def predict(self, latents: torch.Tensor, window: Window) -> torch.Tensor:
-        """The guided flow, shaped as `latents` `(batch, channels, frames, height, width)`."""
-        flows = []
+        """The guided flow, shaped as `latents` `(batch, channels, frames, height, width)`.
+
+        Of two experts the frame with the most noise decides.
+        """
+        is_low = self.boundary is not None and max(window.timesteps) < self.boundary
+        expert, flows = self._in_use(1 if is_low else 0), []
         for branch, embeds in enumerate(self._embeds):
-            flow = self.experts[0].forward(latents, window, branch, embeds)
+            flow = expert.forward(latents, window, branch, embeds)
             assert flow is not None
             flows.append(flow)
         if len(flows) == 1:
@@ -214,14 +231,14 @@ class Denoiser:
         Args:
             skip_prompt (`bool`): Leave out the prompt's cache, which is about to be rewritten.
         """
-        for expert in self.experts:
+        for expert in self._all_in_turn():
             for branch, embeds in enumerate(self._embeds):
                 if branch > 0 or not skip_prompt:
                     expert.forward(latents, window, branch, embeds, context_only=True)
 
     def rewrite_context(self, latents: torch.Tensor, window: Window, keep_sink: bool) -> None:
         """Replace what the caches of the prompt hold, or all but the sink, in one pass over finished latents."""
-        for expert in self.experts:
+        for expert in self._all_in_turn():
             expert.rewrite(latents, window, 0, self.prompt.embeds, keep_sink)
 
     def set_prompt(self, prompt: PromptState) -> None:
@@ -287,6 +304,17 @@ class Denoiser:
     def text_kv_bytes(self) -> int:
         """Bytes of the prompts' keys and values."""
         return sum(expert.conditions.text_kv_bytes for expert in self.experts)
+
+    def _in_use(self, index: int) -> Expert:
+        """An expert that is about to run; model offload has no other one on the device meanwhile."""
+        for other in self.experts[:index] + self.experts[index + 1 :]:
+            make_room(other.transformer)
+        return self.experts[index]
+
+    def _all_in_turn(self) -> Iterator[Expert]:
+        """Every expert, the last one first: it made the last step, and the first one makes the next."""
+        for index in reversed(range(len(self.experts))):
+            yield self._in_use(index)
 
     @property
     def _embeds(self) -> list[torch.Tensor]:
