@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("wan_autoregressive.scripts.generate", "render a video from a prompt"),
     "convert": ("wan_autoregressive.scripts.convert", "make a checkpoint folder from published weights"),
     "estimate": ("wan_autoregressive.scripts.estimate", "compute the memory and the FLOPs of a model of any size"),
+    "serve": ("wan_autoregressive.scripts.serve", "serve a page with live video"),
     "benchmark": ("wan_autoregressive.scripts.benchmark", "measure the seconds of every stage with random weights"),
 }
 

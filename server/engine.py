@@ -141,7 +141,7 @@ class Engine:
     def leave(self, session: LiveSession, emit: Emit) -> None:
         """The viewer with this `emit` is gone: the slot is free at once, the video is saved."""
         with self._changed:
-            if session.emit is emit:
+            if session.emit == emit:
                 self._part(session)
 
     def forget(self, key: str) -> None:
