@@ -49,6 +49,7 @@ def test_a_viewer_who_does_not_play_is_not_generated_for(engine):
             viewer.wait_for("chunk", 0.3)
         assert engine.figures()["steps"] == expected
         viewer.play(expected - 2)
+    viewer.wait_for("chunk")
     viewer.play(10**6)  # a chunk that there is not counts for nothing
     with pytest.raises(queue.Empty):
         viewer.wait_for("chunk", 0.3)
@@ -229,9 +230,9 @@ def test_only_so_many_videos_without_viewer_are_kept(pipe, tmp_path):
         until(lambda: engine.figures()["active"] + len(engine._parking) < 3)
     until(lambda: not engine._parking)
     assert engine.figures()["parked"] == 1
-    left = [path.name for path in (tmp_path / "state").iterdir()]
-    assert left == [viewers[-1].session.id]
-    assert json.loads((tmp_path / "state" / left[0] / "session.json").read_text())["seed"] == 2
+    newest = viewers[-1].session.id
+    until(lambda: [path.name for path in (tmp_path / "state").iterdir()] == [newest])
+    assert json.loads((tmp_path / "state" / newest / "session.json").read_text())["seed"] == 2
     engine.shutdown()
 
 
