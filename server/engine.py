@@ -330,6 +330,7 @@ class Engine:
                 Cut(
                     branch=video.timeline.branch,
                     after=after,
+                    frame=path[-1].stop_frame if path else 0,
                     dropped=dropped,
                     prompt=video.prompt,
                     repeating=video.num_to_repeat,

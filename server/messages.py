@@ -168,6 +168,8 @@ class Cut(ServerMessage):
     type: Literal["cut"] = "cut"
     branch: int
     after: int | None
+    frame: int
+    """First pixel frame that will be new; the chunk before it may still be on its way."""
     dropped: list[int]
     """Chunks that are forgotten."""
     prompt: str

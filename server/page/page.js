@@ -65,8 +65,8 @@ const handlers = {
     mark('cut', { after: message.after });
     for (const id of message.dropped) chunks.delete(id);
     branch = message.branch;
-    tips.set(branch, message.after);
-    player.cut(message.after === null ? 0 : end(chunks.get(message.after)));
+    if (message.after === null || chunks.has(message.after)) tips.set(branch, message.after); // else it is on its way
+    player.cut(message.frame / fps);
     if (message.repeating) say(`Going back: ${message.repeating} chunks are made again…`);
     draw();
   },

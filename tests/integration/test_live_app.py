@@ -16,7 +16,7 @@ from wan_autoregressive.server.app import build_app
 from wan_autoregressive.server.guard import Door
 from wan_autoregressive.server.messages import unpack
 
-LOCAL = "http://127.0.0.1:8000"
+LOCAL, LIVE = "http://127.0.0.1:8000", "ws://127.0.0.1:8000/v1/live"
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ class Viewer:
 
 
 def test_a_video_from_start_to_download(client, tmp_path):
-    with client.websocket_connect("/v1/live") as socket:
+    with client.websocket_connect(LIVE) as socket:
         viewer = Viewer(socket)
         hello = viewer.wait_for("hello")
         assert (hello["protocol"], hello["fps"], hello["width"], hello["height"]) == (1, 16.0, 256, 256)
@@ -104,11 +104,11 @@ def test_a_video_from_start_to_download(client, tmp_path):
     ],
 )
 def test_a_bad_message_ends_only_its_own_connection(client, message):
-    with client.websocket_connect("/v1/live") as good:
+    with client.websocket_connect(LIVE) as good:
         viewer = Viewer(good)
         viewer.say(type="start", prompt=RED)
         viewer.wait_for("chunk")
-        with client.websocket_connect("/v1/live") as bad:
+        with client.websocket_connect(LIVE) as bad:
             bad.send_text(message)
             assert Viewer(bad).wait_for("error")["code"] == "bad_message"
             with pytest.raises(WebSocketDisconnect) as closed:
@@ -119,11 +119,11 @@ def test_a_bad_message_ends_only_its_own_connection(client, message):
 
 
 def test_a_full_queue_says_so(client):
-    with client.websocket_connect("/v1/live") as one, client.websocket_connect("/v1/live") as two:
+    with client.websocket_connect(LIVE) as one, client.websocket_connect(LIVE) as two:
         for socket in (one, two):
             Viewer(socket).say(type="start", prompt=RED)
             Viewer(socket).wait_for("started")
-        with client.websocket_connect("/v1/live") as three:
+        with client.websocket_connect(LIVE) as three:
             Viewer(three).say(type="start", prompt=RED)
             assert Viewer(three).wait_for("error")["code"] == "queue_full"
             with pytest.raises(WebSocketDisconnect) as closed:
@@ -134,7 +134,7 @@ def test_a_full_queue_says_so(client):
 def test_a_silent_viewer_leaves_the_slot(pipe, tmp_path):
     engine = new_engine(pipe, tmp_path / "state")
     client = TestClient(build_app(engine, Door(), idle_s=0.3), base_url=LOCAL)
-    with client, client.websocket_connect("/v1/live") as socket:
+    with client, client.websocket_connect(LIVE) as socket:
         Viewer(socket).say(type="start", prompt=RED)
         with pytest.raises(WebSocketDisconnect) as closed:
             Viewer(socket).wait_for("never")
@@ -153,7 +153,7 @@ def test_foreign_pages_are_turned_away(client, headers):
     assert client.get("/", headers=headers).status_code in (403, 421)
     with (
         pytest.raises(WebSocketDisconnect) as closed,
-        client.websocket_connect("ws://127.0.0.1:8000/v1/live", headers=headers),
+        client.websocket_connect(LIVE, headers=headers),
     ):
         pass
     assert closed.value.code == 1008
@@ -242,10 +242,10 @@ def test_pictures_are_looked_at_before_they_are_unpacked(client):
 def test_a_video_starts_from_a_picture(client, mode, kind):
     answer = client.post("/v1/images", content=encoded(Image.new(mode, (300, 200)), kind))
     assert answer.status_code == 201
-    with client.websocket_connect("/v1/live") as socket:
+    with client.websocket_connect(LIVE) as socket:
         viewer = Viewer(socket)
         viewer.say(type="start", prompt=RED, image=answer.json()["id"])
         assert viewer.wait_for("chunk")["frames"] == 1
-    with client.websocket_connect("/v1/live") as socket:
+    with client.websocket_connect(LIVE) as socket:
         Viewer(socket).say(type="start", prompt=RED, image=answer.json()["id"])
         assert "not there any more" in Viewer(socket).wait_for("error")["message"]
