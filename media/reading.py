@@ -44,7 +44,7 @@ def load_image(path: str | os.PathLike[str], height: int, width: int) -> npt.NDA
 
 
 def fit_image(opened: Image.Image, height: int, width: int) -> Image.Image:
-    """An RGB picture of that size: turned as the camera noted, over white, scaled to cover and cropped at the centre."""
+    """An RGB picture of that size: turned as the camera noted, over white, scaled to cover, cropped at the centre."""
     image: Image.Image = ImageOps.exif_transpose(opened)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

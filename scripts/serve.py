@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from wan_autoregressive.server.live_model import LiveModel
 
 _DESCRIPTION = """\
-Serve a page where you type a prompt and the video plays, changes while it plays, and can be taken back. On this machine
-it is open; on any other address visitors need the link that is printed. Needs pip install 'wan-autoregressive[serve]'."""
+Serve a page where you type a prompt and the video plays, changes while it plays, and can be taken back. On 127.0.0.1 it
+is open; on any other address visitors need the link that is printed. Needs pip install 'wan-autoregressive[serve]'."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     limits = parser.add_argument_group("limits")
     limits.add_argument("--slots", type=int, help="viewers at a time (default: as many as the model is fast for)")
     limits.add_argument("--queue", type=int, default=8, help="viewers that may wait (default: 8)")
-    limits.add_argument("--idle", type=float, default=120.0, help="seconds until a silent viewer leaves (default: 120)")
+    limits.add_argument("--idle", type=float, default=120.0, help="seconds until a silent viewer goes (default: 120)")
     limits.add_argument("--max-seconds", type=float, default=600.0, help="video of one session (default: 600)")
     limits.add_argument("--snapshots", type=int, default=8, help="places kept in memory to go back to (default: 8)")
     limits.add_argument("--state", type=Path, metavar="DIR", help="keep videos there, also after a restart")

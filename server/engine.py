@@ -150,9 +150,9 @@ class Engine:
             session = self._active.pop(key, None) or self._find_waiting(key) or self._parking.pop(key, None)
             if session is None and key not in self._parked:
                 raise UnknownSessionError(f"there is no session '{key}'")
-            if session in self._waiting:
-                self._waiting.remove(session)
             if session is not None:
+                if session.state == "waiting":
+                    self._waiting.remove(session)
                 session.state, session.emit = "gone", nobody
             self._parked.pop(key, None)
             self._admit()
@@ -234,9 +234,7 @@ class Engine:
         with session.video.lock:
             timeline = session.video.timeline
             branch, count = timeline.branch, len(timeline.chunks)
-        session.emit(
-            Started(session=session.id, branch=branch, seed=session.video.seed, num_chunks=count), None
-        )
+        session.emit(Started(session=session.id, branch=branch, seed=session.video.seed, num_chunks=count), None)
 
     def _part(self, session: LiveSession) -> None:
         session.emit = nobody

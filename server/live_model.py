@@ -55,7 +55,7 @@ class LiveModel:
         return self.pipe.resume(folder)
 
     def measure(self) -> tuple[float, float]:
-        """Run a few steps that no visitor has to wait for: seconds of video in a chunk, seconds that making it takes."""
+        """Run a few steps, so that no visitor waits for the first: seconds of video in a chunk, seconds to make it."""
         rollout = self.start("a red circle moving right on a navy background", 0)
         for _ in range(_WARM_UP_STEPS):
             started = time.perf_counter()

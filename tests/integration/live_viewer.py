@@ -61,4 +61,3 @@ def until(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come to that in time"
         time.sleep(0.01)
-

@@ -148,8 +148,7 @@ def test_a_viewer_who_comes_back_goes_on_to_the_bit(engine, pipe):
     again = Viewer(engine, resume=viewer.session.id, ahead=1)
     assert again.wait_for("started").num_chunks in (2, 3)
     missed = [
-        engine.chunk_path(viewer.session.id, chunk, "mp4").read_bytes()
-        for chunk in range(2, again.session.made + 1)
+        engine.chunk_path(viewer.session.id, chunk, "mp4").read_bytes() for chunk in range(2, again.session.made + 1)
     ]
     rest = again.watch(2)
     assert [*watched, *missed, *rest] == alone(pipe, RED, 9, 4 + len(missed))
