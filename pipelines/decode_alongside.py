@@ -47,9 +47,9 @@ class OverlappedRollout(Protocol):
 
 def check_decode_alongside(components: WanComponents) -> None:
     """Raise `ValueError` if a transformer or the VAE is offloaded, whole or in parts."""
-    models = {"transformer": components.transformer, "transformer_2": components.transformer_2}
-    models["vae"] = None if components.codec is None else components.codec.vae
-    for name, model in models.items():
+    vae = None if components.codec is None else components.codec.vae
+    first, second = components.transformer, components.transformer_2
+    for name, model in (("transformer", first), ("transformer_2", second), ("vae", vae)):
         if model is not None and is_offloaded(model):
             raise ValueError(
                 f"decode_alongside runs the transformer and the VAE at the same time, but the {name} is offloaded "
