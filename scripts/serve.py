@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from wan_autoregressive.server.live_model import LiveModel
 
 _DESCRIPTION = """\
-Serve a page where you type a prompt and the video plays, changes while it plays, and can be taken back. On 127.0.0.1 it
-is open; on any other address visitors need the link that is printed. Needs pip install 'wan-autoregressive[serve]'."""
+Serve a page where you type a prompt and the video plays, changes while it plays, and can be taken back. On 127.0.0.1
+it is open; on any other address visitors need the link that is printed. Needs pip install 'wan-autoregressive[serve]'.
+"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
