@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Serve a page where you type a prompt and the video plays, changes while it plays, and can be taken back. On 127.0.0.1
-it is open; on any other address visitors need the link that is printed. Needs pip install 'wan-autoregressive[serve]'.
-"""
+it is open; on any other address visitors need the link that is printed. Needs
+pip install 'wan-autoregressive[serve]'."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -114,9 +114,9 @@ def _load(args: argparse.Namespace) -> LiveModel:
     file = {} if args.config is None else load_preset(args.config)
     demo = str(flags.get("model", file.get("model")) or DEMO) == DEMO
     config = resolve_config(load_preset(DEMO) if demo else {}, file, flags)
+    check_model_folder(model_folder(config))
     if config.rollout.window_frames is None:
         raise ValueError("a live video has no end; set window_frames in --config")
-    check_model_folder(model_folder(config))
     pipe = load_pipeline(config)
     return LiveModel(pipe, config.rollout_settings(), config.fps, config.scale, model_folder(config).name)
 

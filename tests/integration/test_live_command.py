@@ -1,8 +1,8 @@
 """`wan-ar serve` as a process: what it prints, and that a video outlives it."""
 
 import json
+import socket
 
-import pytest
 from live_server import ServerProcess
 from websockets.sync.client import connect
 
@@ -15,16 +15,16 @@ RED = "a red circle moving right on a navy background"
 def watch(port: int, count: int, **start) -> tuple[str, dict[int, bytes]]:
     """The session and its next chunks by index, one ahead at a time."""
     session, chunks = "", {}
-    with connect(f"ws://127.0.0.1:{port}/v1/live", max_size=2**24) as socket:
-        socket.send(json.dumps({"type": "start", "ahead": 1, **start}))
+    with connect(f"ws://127.0.0.1:{port}/v1/live", max_size=2**24) as live:
+        live.send(json.dumps({"type": "start", "ahead": 1, **start}))
         while len(chunks) < count:
-            message = socket.recv(timeout=60)
+            message = live.recv(timeout=60)
             if isinstance(message, str):
                 session = json.loads(message).get("session", session)
                 continue
             header, body = unpack(message)
             chunks[header["index"]] = body
-            socket.send(json.dumps({"type": "played", "chunk": header["chunk"]}))
+            live.send(json.dumps({"type": "played", "chunk": header["chunk"]}))
     return session, chunks
 
 
@@ -54,10 +54,7 @@ def test_says_in_one_line_what_cannot_work(capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1"])
-def test_an_address_that_is_taken(capsys, host):
-    import socket
-
-    with socket.create_server((host, 0)) as taken:
+def test_an_address_that_is_taken(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         assert cli.main(["serve", "--port", str(taken.getsockname()[1])]) == 2
-        assert f"cannot listen on {host}:" in capsys.readouterr().err
+        assert "cannot listen on 127.0.0.1:" in capsys.readouterr().err
