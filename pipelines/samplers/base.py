@@ -72,6 +72,9 @@ class Sampler:
     denoises_by_chunk: ClassVar[bool] = False
     """Whether a chunk goes through its steps by itself, so that any solver will do and given frames may be in it."""
 
+    fills_memory_bank: ClassVar[bool] = False
+    """Whether `memory_bank_frames` means something to it."""
+
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
 
@@ -86,6 +89,11 @@ class Sampler:
             raise ValueError(
                 f"sampler {config.sampler!r} noises frames anew between steps; it works with solver 'renoise', got "
                 f"{config.solver!r}"
+            )
+        if config.memory_bank_frames and not cls.fills_memory_bank:
+            raise ValueError(
+                f"memory_bank_frames is {config.memory_bank_frames}, which sampler {config.sampler!r} does not fill; "
+                "use sampler 'memory_bank' or leave it out"
             )
         if config.given_in_chunk and not cls.denoises_by_chunk:
             raise ValueError(f"given_in_chunk does not work with sampler {config.sampler!r}; leave it out")
