@@ -67,6 +67,11 @@ class MemoryBankSampler(ChunkwiseSampler):
                 f"sampler 'memory_bank' keeps frames at the positions that they were written with; it needs "
                 f"position_mode 'absolute', got {config.position_mode!r}"
             )
+        if config.switch_policy == "scene_cut" and config.switch_options.get("pin", True):
+            raise ValueError(
+                "scene_cut pins frames, which the steps of sampler 'memory_bank' would not see; set switch_options "
+                "{'pin': False}"
+            )
         if not config.clean_pass:
             raise ValueError("sampler 'memory_bank' keeps nothing but what its clean pass wrote; leave out clean_pass")
 

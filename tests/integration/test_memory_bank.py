@@ -194,6 +194,13 @@ def test_equals_lists_of_frames(name, batch):
     torch.testing.assert_close(latents, expected, rtol=0, atol=BOUND)
 
 
+def test_equals_lists_of_frames_with_the_whole_video_in_view():
+    video = NaiveMemFlow(transformer(), sink=0, window=99)
+    expected = make([video], [2] * 8)
+    latents = video.transformer.pipeline(STEPS)(**settings(video, 16, window_frames=None)).frames
+    torch.testing.assert_close(latents, expected, rtol=0, atol=BOUND)
+
+
 @pytest.mark.parametrize("switch", [2, 7])
 @pytest.mark.parametrize("policy", ["cross_attention", "recache"])
 def test_a_new_prompt_selects_for_its_first_chunk(policy, switch):
@@ -238,6 +245,7 @@ def test_given_frames_are_chunks_with_candidates(monkeypatch, given_frames, chun
         ({"position_mode": "relative"}, "needs position_mode 'absolute', got 'relative'"),
         ({"position_mode": "sink_relative"}, "needs position_mode 'absolute', got 'sink_relative'"),
         ({"clean_pass": False}, "leave out clean_pass"),
+        ({"switch_policy": "scene_cut"}, "scene_cut pins frames"),
         ({"sampler_options": {"bank_interval": 0}}, "bank_interval is 0"),
         ({"sampler_options": {"bank_candidates": "all"}}, "allowed are every_chunk, every_interval"),
         ({"sampler": "chunkwise", "sampler_options": {}}, "memory_bank_frames is 2, which sampler 'chunkwise'"),
