@@ -1,12 +1,13 @@
 """The K/V of one transformer block, in buffers that never move."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.int8_buffer import Int8Buffer
+from wan_autoregressive.cache.memory_bank import MemoryBank
 from wan_autoregressive.cache.positions import SinkView
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
@@ -33,6 +34,8 @@ class _OpenWindow:
     key: TokenBuffer
     value: TokenBuffer
     slots: OpenSlots
+    bank: tuple[torch.Tensor, torch.Tensor] | None
+    """Keys and values that are seen beside those in slots."""
 
 
 class WanKVBlockCache:
@@ -49,6 +52,7 @@ class WanKVBlockCache:
 
     Args:
         slots ([`StaticBuffers`], *optional*): For a chunk's slot numbers; blocks that are written alike share it.
+        bank ([`MemoryBank`], *optional*): Frames that every write sees beside what is held.
     """
 
     def __init__(
@@ -59,7 +63,9 @@ class WanKVBlockCache:
         sink_update: SinkUpdate | None = None,
         kv_dtype: KVDtype | None = None,
         slots: StaticBuffers | None = None,
+        bank: MemoryBank | None = None,
     ) -> None:
+        self.bank = MemoryBank() if bank is None else bank
         self.window = TokenWindow(window_size, sink_size)
         self._sink_update = sink_update
         self._initial_capacity = window_size if window_size != -1 else max_tokens
@@ -77,7 +83,10 @@ class WanKVBlockCache:
     def plan(self, num_tokens: int, mode: WriteMode, keep: int | None = None, view: PastView | None = None) -> None:
         """Settle which slots the next `write` fills, see [`TokenWindow.plan`]. Raises `ValueError` if the chunk does
         not fit."""
-        self._plan, self._open = self.window.plan(num_tokens, mode, keep, view), None
+        plan = self.window.plan(num_tokens, mode, keep, view)
+        if self.bank.held is not None and plan.past is None:  # the past is not just what is held
+            plan = replace(plan, past=self.window.past_of(plan))
+        self._plan, self._open = plan, None
         self._planned_tokens = num_tokens
         self._moves_sink = view is None or view.sink
 
@@ -97,6 +106,7 @@ class WanKVBlockCache:
             capacity = max(length, self._initial_capacity or 0)
             self._key = self._buffer_type.empty(like, capacity)
             self._value = self._buffer_type.empty(like, capacity)
+            self.bank.make_room(like)
         elif length > self._key.capacity:
             capacity = max(length, 2 * self._key.capacity)
             self._key.grow(capacity)
@@ -109,7 +119,7 @@ class WanKVBlockCache:
         if slots is None or slots.chunk.device != device:
             past = None if plan.past is None else self._numbers("past", plan.past, device)
             slots = OpenSlots(self._numbers("chunk", plan.spans, device), past)
-        self._open = _OpenWindow(self._key.window(length), self._value.window(length), slots)
+        self._open = _OpenWindow(self._key.window(length), self._value.window(length), slots, self.bank.held)
         return slots
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,13 +154,15 @@ class WanKVBlockCache:
                 f"{_layout(key)}. Call reset() between videos, and keep one cache per batch"
             )
         attended = []
-        for buffer, tokens in ((window.key, key), (window.value, value)):
+        beside: tuple[torch.Tensor | None, ...] = window.bank or (None, None)
+        for buffer, tokens, banked in zip((window.key, window.value), (key, value), beside, strict=True):
             if past is None:
                 buffer.put(chunk, tokens)
                 attended.append(buffer.attended(chunk, tokens))
             else:
                 buffer.put(chunk, tokens[:, : chunk.shape[0]])
-                attended.append(buffer.seen(past, tokens))
+                own = tokens if banked is None else torch.cat([banked, tokens], dim=1)
+                attended.append(buffer.seen(past, own))
         return attended[0], attended[1]
 
     def commit(self) -> None:
@@ -164,6 +176,17 @@ class WanKVBlockCache:
         for buffer in (self._key, self._value):
             if buffer is not None and source:
                 buffer.gather(source, target)
+
+    def propose_to_bank(self) -> None:
+        """Let the first frame of the newest chunk be the next to enter the bank, as it is kept here."""
+        if self._key is None or self._value is None or self.window.state.newest_size < self.bank.frame_size:
+            raise RuntimeError(
+                f"no frame of {self.bank.frame_size} tokens to propose: the newest chunk has "
+                f"{self.window.state.newest_size}"
+            )
+        spans = self.window.first_of_newest(self.bank.frame_size)
+        parts = [[buffer.read(*span) for span in spans] for buffer in (self._key, self._value)]
+        self.bank.propose(*(torch.cat(part, dim=1) for part in parts))
 
     def move_window(self, rotation: RotaryEmbedding) -> None:
         """Rotate all keys but the sink's. In int8 each call rounds them once more."""
@@ -219,6 +242,7 @@ class WanKVBlockCache:
     def reset(self) -> None:
         """Forget all tokens; the buffers stay allocated for the next video if it has the same shape."""
         self.window.reset()
+        self.bank.reset()
         self._plan = self._open = None
         self._written_sink_key = None
 
@@ -232,6 +256,7 @@ class WanKVBlockCache:
             "key": None if self._key is None else self._key.held(length),
             "written_sink_key": None if self._written_sink_key is None else self._written_sink_key.held(sink),
             "value": None if self._value is None else self._value.held(length),
+            "bank": self.bank.state_dict() if self.bank.num_frames else None,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
@@ -245,10 +270,13 @@ class WanKVBlockCache:
         self._plan = self._open = None
         self._key, self._value = buffer(state["key"], state["capacity"]), buffer(state["value"], state["capacity"])
         self._written_sink_key = buffer(state["written_sink_key"], self.window.sink_size)
+        if state["bank"] is not None:
+            self.bank.load_state_dict(state["bank"], device)
 
     def release(self) -> None:
         """Forget all tokens and free the buffers."""
         self.reset()
+        self.bank.release()
         self._key = self._value = None
 
     @property
@@ -264,8 +292,9 @@ class WanKVBlockCache:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the buffers and of a moved sink's copy, 0 before the first write."""
-        return sum(b.nbytes for b in (self._key, self._value, self._written_sink_key) if b is not None)
+        """Bytes of the buffers, of a moved sink's copy and of the bank, 0 before the first write."""
+        buffers = self._key, self._value, self._written_sink_key
+        return self.bank.nbytes + sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
     @property
     def bytes_per_token(self) -> int:

@@ -1,13 +1,14 @@
 """The rolling KV cache of a causal Wan transformer: one object per video (two with guidance)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
+from wan_autoregressive.cache.memory_bank import MemoryBank
 from wan_autoregressive.cache.positions import POSITION_POLICIES, FramePositions, PlannedFrames, PositionPolicy
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.sink_update import SinkUpdate
@@ -53,6 +54,10 @@ class WanKVCache:
             [`MovingAverageSink`]. Needs `position_mode="relative"`, since averages of rotated keys mean nothing.
         kv_dtype (`str`, *optional*): `"int8"` keeps keys and values as int8 with a scale per token and head, instead
             of in the dtype of the model.
+        bank_frames (`int`, defaults to 0): Frames at most in the memory bank of every block, which all forwards see
+            beside what is held, see [`MemoryBank`]. Needs `position_mode="absolute"`, under which a key keeps the
+            position that it was written with.
+        bank_frame_size (`int`, defaults to 0): Tokens of one of them.
 
     With int8 the peak is `2 * batch * window * heads * (head_dim + itemsize)` bytes for every block, its values and
     scales (`itemsize` of the model's dtype), and `2 * batch * window * heads * head_dim * itemsize` for the one block
@@ -77,6 +82,8 @@ class WanKVCache:
         position_mode: PositionMode = "absolute",
         sink_update: SinkUpdate | None = None,
         kv_dtype: KVDtype | None = None,
+        bank_frames: int = 0,
+        bank_frame_size: int = 0,
     ) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; a cache needs at least 1 block")
@@ -101,10 +108,18 @@ class WanKVCache:
                 f"a sink_update changes the sink by less than the rounding of kv_dtype {kv_dtype!r}; leave out one of "
                 "them"
             )
+        if bank_frames and position_mode != "absolute":
+            raise ValueError(
+                f"a memory bank keeps keys at the positions that they were written with; it needs position_mode "
+                f"'absolute', got {position_mode!r}"
+            )
         self.slots = StaticBuffers()
         """The numbers of the newest chunk's slots, for each size of a chunk."""
         self.block_caches = [
-            WanKVBlockCache(window_size, sink_size, max_tokens, sink_update, kv_dtype, self.slots)
+            WanKVBlockCache(
+                *(window_size, sink_size, max_tokens, sink_update, kv_dtype, self.slots),
+                bank=MemoryBank(bank_frames, bank_frame_size),
+            )
             for _ in range(num_blocks)
         ]
         self.position_mode = position_mode
@@ -253,6 +268,22 @@ class WanKVCache:
         for block in self.block_caches:
             block.window.unpin(name)
 
+    def propose_to_bank(self) -> None:
+        """Let the first frame of the newest chunk be the next to enter the memory bank."""
+        for block in self.block_caches:
+            block.propose_to_bank()
+
+    def add_to_bank(self, length: int, text_keys: Sequence[torch.Tensor] | None = None) -> None:
+        """Let the proposed frame into the memory bank, which then holds `length` frames if it can.
+
+        Args:
+            text_keys: Of each block's cross-attention, `(batch, text_tokens, heads, head_dim)`; a full bank keeps the
+                frames that have most to do with them.
+        """
+        keys: Sequence[torch.Tensor | None] = [None] * self.num_blocks if text_keys is None else text_keys
+        for block, text_key in zip(self.block_caches, keys, strict=True):
+            block.bank.add(length, text_key)
+
     def keep_newest(self, num_tokens: int) -> None:
         """Forget all but the sink and the newest `num_tokens` tokens (Infinity-RoPE's flush at a prompt switch).
 
@@ -341,4 +372,5 @@ class WanKVCache:
             raise ValueError("a cache without window_size and max_tokens grows with the video: pass num_tokens")
         slot_bytes = self.block_caches[0]._buffer_type.slot_bytes(head_dim, dtype)
         moved_sink = self.sink_size if self.position_mode == "sink_relative" else 0  # keys as they were written
-        return self.num_blocks * batch_size * (2 * capacity + moved_sink) * num_heads * slot_bytes
+        bank = self.block_caches[0].bank.expected_bytes(batch_size, num_heads, head_dim, dtype)
+        return self.num_blocks * (batch_size * (2 * capacity + moved_sink) * num_heads * slot_bytes + bank)

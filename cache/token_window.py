@@ -145,6 +145,15 @@ class TokenWindow:
         del pins[name]
         self.state = replace(self.state, pins=pins)
 
+    def past_of(self, plan: WritePlan) -> tuple[Span, ...]:
+        """Slots of what is held beside the update's own tokens once it is done, oldest first."""
+        held = plan.state_after.held
+        return _first_tokens(held, _count(held) - plan.kept)
+
+    def first_of_newest(self, num_tokens: int) -> tuple[Span, ...]:
+        """Slots of the first tokens of the newest chunk."""
+        return _first_tokens(self.state.newest, num_tokens)
+
     def keep_newest(self, num_tokens: int) -> tuple[tuple[Span, ...], Span]:
         """Forget all but the sink and the newest `num_tokens` tokens, which move up behind the sink.
 

@@ -61,6 +61,7 @@ SAMPLERS = Registry(
     {
         "chunkwise": f"{_SAMPLERS}.chunkwise:ChunkwiseSampler",
         "rolling": f"{_SAMPLERS}.rolling:RollingSampler",
+        "memory_bank": f"{_SAMPLERS}.memory_bank:MemoryBankSampler",
         "recompute": f"{_SAMPLERS}.recompute:RecomputeSampler",
     },
 )

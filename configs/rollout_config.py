@@ -33,6 +33,7 @@ class RolloutSettings(TypedDict, total=False):
     first_chunk_frames: int | None
     window_frames: int | None
     sink_frames: int
+    memory_bank_frames: int
     given_in_chunk: bool
     sampler: str
     sampler_options: Mapping[str, Any]
@@ -85,14 +86,18 @@ class RolloutConfig:
     """Latent frames in the KV cache at most, sink and current chunk included; `None` keeps the whole video."""
     sink_frames: int = 0
     """First latent frames that are never evicted."""
+    memory_bank_frames: int = 0
+    """Latent frames at most out of the whole video that stay in view beside sink and window, chosen by the prompt
+    (MemFlow). For `sampler="memory_bank"`, 0 otherwise."""
     given_in_chunk: bool = False
     """Given frames that end inside of a chunk stay in it, at timestep 0, while its other frames are made around them
     (LongLive 2.0's image to video). Off, they are a chunk of their own."""
 
     sampler: str = "chunkwise"
     """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive),
-    `rolling` denoises a window of chunks at rising noise (Rolling Forcing), `recompute` makes the past anew for every
-    chunk (Krea Realtime). See `docs/SAMPLERS.md`."""
+    `memory_bank` does so with frames of the whole video in view that have to do with the prompt (MemFlow), `rolling`
+    denoises a window of chunks at rising noise (Rolling Forcing), `recompute` makes the past anew for every chunk
+    (Krea Realtime). See `docs/SAMPLERS.md`."""
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that sampler alone, by name."""
     solver: str = "renoise"
@@ -160,7 +165,7 @@ class RolloutConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        for name in ("sink_frames", "flush_frames", "cut_jump_frames"):
+        for name in ("sink_frames", "memory_bank_frames", "flush_frames", "cut_jump_frames"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0")

@@ -163,6 +163,8 @@ class WanComponents:
             position_mode=config.position_mode,
             sink_update=MovingAverageSink(config.sink_decay) if config.sink_update == "moving_average" else None,
             kv_dtype=config.kv_dtype,
+            bank_frames=config.memory_bank_frames,
+            bank_frame_size=per_frame,
         )
 
     # Text and pixels.

@@ -133,6 +133,35 @@ class Expert:
             start = stop
         return tensor
 
+    def add_to_bank(self, length: int, branch: int, embeds: torch.Tensor) -> None:
+        """Let the proposed frame into the memory bank of a branch; its prompt decides who stays in a full one."""
+        cache = self.caches[branch]
+        is_full = length > cache.block_caches[0].bank.num_frames
+        cache.add_to_bank(length, self._text_keys(embeds) if is_full else None)
+
+    def _text_keys(self, embeds: torch.Tensor) -> list[torch.Tensor]:
+        """Of each block's cross-attention, `(batch, text_tokens, heads, head_dim)`.
+
+        A prompt that no forward has read to the end yet is read by one over a single token without a past: weights are
+        touched inside of forwards only.
+        """
+        transformer = self.transformer
+        config = transformer.config
+        latents = embeds.new_zeros(embeds.shape[0], config.in_channels, *config.patch_size, dtype=transformer.dtype)
+        like = latents.new_empty(len(latents), 0, config.num_attention_heads, config.attention_head_dim)
+        text = self.conditions.text(embeds, len(transformer.blocks), like)
+        if not text.is_complete:
+            plan = transformer.plan_forward(latents)
+            plan.text = text
+            transformer(
+                hidden_states=latents,
+                timestep=latents.new_zeros(len(latents), dtype=torch.float32),
+                encoder_hidden_states=embeds,
+                attention_kwargs={**self._attention_kwargs, "plan": plan},
+                return_dict=False,
+            )
+        return [block.key for block in text.blocks]
+
     def keep_newest(self, num_tokens: int) -> None:
         """Forget all but the sink and the newest tokens. A newest chunk that stays whole can still be overwritten."""
         for branch, cache in enumerate(self.caches):
@@ -255,6 +284,18 @@ class Denoiser:
         """Protect the first frames of the newest chunk from eviction, in the place of what was pinned under `name`."""
         for cache in self._caches:
             cache.pin_newest(name, num_frames * self._tokens_per_frame)
+
+    def propose_to_bank(self) -> None:
+        """Let the first frame of the newest chunk be the next to enter the memory bank."""
+        for cache in self._caches:
+            cache.propose_to_bank()
+
+    def add_to_bank(self, length: int) -> None:
+        """Let the proposed frame into the memory bank, which then holds `length` frames if it can. In a full one those
+        stay that have most to do with the prompt, or with guidance the negative one in its own cache."""
+        for expert in self.experts:
+            for branch, embeds in enumerate(self._embeds):
+                expert.add_to_bank(length, branch, embeds)
 
     def jump(self, num_frames: float) -> None:
         """Move the next chunk away from the past in time; by a float there is no end to positions any more."""

@@ -73,6 +73,9 @@ class Sampler:
     """Whether a chunk goes through the steps of `context.new_solver` by itself: then any solver will do, given frames
     may be in it, and two transformers may share the steps."""
 
+    fills_memory_bank: ClassVar[bool] = False
+    """Whether `memory_bank_frames` means something to it."""
+
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
 
@@ -87,6 +90,11 @@ class Sampler:
             raise ValueError(
                 f"sampler {config.sampler!r} noises frames anew between steps; it works with solver 'renoise', got "
                 f"{config.solver!r}"
+            )
+        if config.memory_bank_frames and not cls.fills_memory_bank:
+            raise ValueError(
+                f"memory_bank_frames is {config.memory_bank_frames}, which sampler {config.sampler!r} does not fill; "
+                "use sampler 'memory_bank' or leave it out"
             )
         if config.given_in_chunk and not cls.denoises_by_chunk:
             raise ValueError(f"given_in_chunk does not work with sampler {config.sampler!r}; leave it out")

@@ -60,7 +60,7 @@ class ChunkwiseSampler(Sampler):
             latents = context.scheduler_of(chunk).add_noise(self._source_latents, latents, timesteps[0])
         for timestep in timesteps:
             latents = self._with_given(chunk, latents)
-            flow = context.denoiser.predict(latents, Window(chunk.frames, self._timesteps(chunk, timestep)))
+            flow = context.denoiser.predict(latents, self._step_window(chunk, timestep))
             latents = self._with_given(chunk, solver.step(flow, timestep, latents, noise.generator))
             latents = context.observer.step_done(chunk, timestep, latents)
             if context.observer.interrupted:
@@ -74,6 +74,10 @@ class ChunkwiseSampler(Sampler):
         if given is None or not chunk.fixed_frames:
             return latents
         return torch.cat([given[:, :, chunk.start :], latents[:, :, chunk.fixed_frames :]], dim=2)
+
+    def _step_window(self, chunk: Chunk, timestep: float) -> Window:
+        """What a denoising step sees and leaves in the cache."""
+        return Window(chunk.frames, self._timesteps(chunk, timestep))
 
     @staticmethod
     def _timesteps(chunk: Chunk, timestep: float) -> tuple[float, ...]:

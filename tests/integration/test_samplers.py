@@ -9,6 +9,7 @@ from wan_autoregressive.models.causal_wan_transformer import CausalWanTransforme
 
 SIZE = {"height": 32, "width": 32, "num_frames": 53, "chunk_frames": 2}  # 7 chunks
 ROLLING = {**SIZE, "sampler": "rolling", "window_frames": 9, "sink_frames": 2, "position_mode": "sink_relative"}
+MEMORY_BANK = {**SIZE, "sampler": "memory_bank", "window_frames": 5, "sink_frames": 1, "memory_bank_frames": 2}
 RECOMPUTE = {**SIZE, "sampler": "recompute", "window_frames": 5, "switch_policy": "blend", "blend_chunks": 3}
 SAMPLERS = {
     "chunkwise": {**SIZE, "window_frames": 5},
@@ -16,6 +17,11 @@ SAMPLERS = {
     "rolling as the original draws": {
         **ROLLING,
         "sampler_options": {"attended_frames": 8, "reference_draws": True},
+    },
+    "memory_bank": {**MEMORY_BANK, "sampler_options": {"bank_interval": 2}},
+    "memory_bank, a candidate now and then": {
+        **MEMORY_BANK,
+        "sampler_options": {"bank_interval": 2, "bank_candidates": "every_interval"},
     },
     "recompute": {**RECOMPUTE, "denoising_steps": (1000, 500, 0)},
     "recompute, first frame kept": {**RECOMPUTE, "sampler_options": {"keep_first_frame": True}},

@@ -103,6 +103,7 @@ def test_every_preset_is_a_recipe_and_nothing_else() -> None:
         "longlive2",
         "longlive2_2step",
         "longlive2_i2v",
+        "memflow",
         "reward_forcing",
         "rolling_forcing",
         "self_forcing",

@@ -1,0 +1,120 @@
+"""MemFlow: chunk after chunk with a memory bank."""
+
+import math
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from golden_kinds.recording import (
+    Recorder,
+    channels_first,
+    in_order,
+    largest_difference,
+    padded_embeds,
+    transformer_of,
+)
+from golden_kinds.self_forcing import scheduler_of
+from wan_autoregressive import WanAutoregressivePipeline, WanKVCache
+from wan_autoregressive.pipelines.denoiser import Denoiser, Window
+
+KIND = "memflow"
+WEIGHTS = "tiny_self_forcing.pt"
+
+
+def matches(name: str, meta: dict[str, Any]) -> bool:
+    return str(meta.get("upstream")).startswith("KlingTeam/MemFlow")
+
+
+def differences(
+    meta: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    weights_folder: Path,
+    sinusoid_dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> dict[str, float]:
+    """Args:
+    sinusoid_dtype: float32 as diffusers, float64 as the original.
+    changes: Settings of the rollout that are to differ from the original's.
+    """
+    videos = channels_first(tensors)
+    transformer = transformer_of(meta, weights_folder / WEIGHTS, "generator_ema")
+    transformer.set_sinusoid_dtype(sinusoid_dtype)
+    pipe = WanAutoregressivePipeline(None, None, transformer, None, scheduler_of(meta))
+    embeds = padded_embeds(videos, meta["text_len"])
+    starts = [0, *(meta["switch_frame_indices"] or [])]
+    prompts = dict(zip(starts, (embeds[name] for name in sorted(embeds)), strict=True))
+    settings = {**settings_of(meta), **changes}
+    rollout = pipe.rollout(prompt_schedule=prompts, latents=videos["noise"], **settings)
+    recorder, bank = Recorder(meta["kv_layer"]), _Bank(meta["kv_layer"])
+    with recorder.recording(in_order(videos, "renoise.")), bank.recording(), torch.no_grad():
+        latents = torch.cat([chunk.latents for chunk in rollout], dim=2)
+
+    sigmas = meta["schedule"]["sigmas"]
+    x0 = [p.x0(sigmas[index % len(sigmas)]) for index, p in enumerate(recorder.predictions)]
+    return {
+        "latents": largest_difference([latents], [videos["latents"]]),
+        "x0": largest_difference(x0, in_order(videos, "x0.")),
+        "kv": _difference(tensors, "kv.context.", bank.windows),
+        "bank": _difference(tensors, "bank.context.", bank.frames),
+    }
+
+
+def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
+    is_plain = meta["pipeline"] == "plain"
+    return {
+        "sampler": "memory_bank",
+        "sampler_options": {
+            "bank_interval": meta["record_interval"],
+            "bank_candidates": "every_chunk" if is_plain else "every_interval",
+        },
+        "memory_bank_frames": meta["bank_size"],
+        "height": 8 * meta["height"],
+        "width": 8 * meta["width"],
+        "num_frames": 4 * (meta["num_output_frames"] - 1) + 1,
+        "chunk_frames": meta["num_frame_per_block"],
+        "window_frames": meta["local_attn_size"],
+        "sink_frames": meta["sink_size"],
+        "switch_policy": "recache",
+        "recache_sink": "keep" if meta["global_sink"] else "refresh",
+        "context_noise": meta["context_noise"],
+        "output_type": "latent",
+    }
+
+
+class _Bank:
+    """Keys and values of window and bank after every context pass, `(batch, tokens, heads, head_dim)`."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self.windows: list[tuple[torch.Tensor, ...]] = []
+        self.frames: list[tuple[torch.Tensor, ...]] = []
+
+    def recording(self) -> Any:
+        cache_context = Denoiser.cache_context
+
+        def recording_pass(denoiser: Denoiser, latents: torch.Tensor, window: Window, *args: Any) -> None:
+            cache_context(denoiser, latents, window, *args)
+            cache: WanKVCache = denoiser.experts[0].caches[0]
+            block = cache.block_caches[self._layer]
+            assert block.cached_key is not None
+            assert block.cached_value is not None
+            self.windows.append((block.cached_key.clone(), block.cached_value.clone()))
+            self.frames.append(tuple(tensor.clone() for tensor in block.bank.held or ()))
+
+        return patch.object(Denoiser, "cache_context", recording_pass)
+
+
+def _difference(tensors: dict[str, torch.Tensor], prefix: str, got: list[tuple[torch.Tensor, ...]]) -> float:
+    """Over the chunks that were recorded. A bank may have been recorded with an empty last place."""
+    worst = 0.0
+    for key in sorted(tensors):
+        if key.startswith(prefix) and key.endswith(".k"):
+            name = key.removesuffix(".k")
+            chunk = int(name.rsplit(".c", 1)[1])
+            if chunk >= len(got):
+                return math.inf
+            expected = [tensors[f"{name}.{of}"][:, : held.shape[1]] for of, held in zip("kv", got[chunk], strict=True)]
+            worst = max(worst, largest_difference(got[chunk], expected))
+    return worst
