@@ -62,6 +62,7 @@ SAMPLERS = Registry(
         "chunkwise": f"{_SAMPLERS}.chunkwise:ChunkwiseSampler",
         "rolling": f"{_SAMPLERS}.rolling:RollingSampler",
         "recompute": f"{_SAMPLERS}.recompute:RecomputeSampler",
+        "stream_batch": f"{_SAMPLERS}.stream_batch:StreamBatchSampler",
     },
 )
 

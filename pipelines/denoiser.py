@@ -195,12 +195,19 @@ class Denoiser:
         branches = 2 if config.do_classifier_free_guidance else 1
         caches = [components.new_kv_cache(config, total_frames) for _ in range(branches)]
         self.experts = [Expert(components.transformer, caches, attention_kwargs or {})]
+        self._later_lanes: list[Expert] = []
+        """Copies of the expert, which is lane 0, with caches that go their own ways."""
 
-    def predict(self, latents: torch.Tensor, window: Window) -> torch.Tensor:
-        """The guided flow, shaped as `latents` `(batch, channels, frames, height, width)`."""
+    def predict(self, latents: torch.Tensor, window: Window, lane: int = 0) -> torch.Tensor:
+        """The guided flow, shaped as `latents` `(batch, channels, frames, height, width)`.
+
+        Args:
+            lane (`int`): Whose caches are used, see `split_lanes`.
+        """
+        expert = self.lanes[lane]
         flows = []
         for branch, embeds in enumerate(self._embeds):
-            flow = self.experts[0].forward(latents, window, branch, embeds)
+            flow = expert.forward(latents, window, branch, embeds)
             assert flow is not None
             flows.append(flow)
         if len(flows) == 1:
@@ -214,15 +221,31 @@ class Denoiser:
         Args:
             skip_prompt (`bool`): Leave out the prompt's cache, which is about to be rewritten.
         """
-        for expert in self.experts:
+        for expert in self.lanes:
             for branch, embeds in enumerate(self._embeds):
                 if branch > 0 or not skip_prompt:
                     expert.forward(latents, window, branch, embeds, context_only=True)
 
     def rewrite_context(self, latents: torch.Tensor, window: Window, keep_sink: bool) -> None:
         """Replace what the caches of the prompt hold, or all but the sink, in one pass over finished latents."""
-        for expert in self.experts:
+        for expert in self.lanes:
             expert.rewrite(latents, window, 0, self.prompt.embeds, keep_sink)
+
+    def split_lanes(self, count: int) -> None:
+        """Copy the caches, so that there are `count` lanes with the same past; from now on they share the prompt alone.
+
+        Writing a context or changing one goes for all lanes alike.
+        """
+        self._later_lanes = [self.experts[0].fork() for _ in range(count - 1)]
+
+    @property
+    def lanes(self) -> list[Expert]:
+        """The expert and its copies."""
+        return [*self.experts, *self._later_lanes]
+
+    @property
+    def num_lanes(self) -> int:
+        return len(self.lanes)
 
     def set_prompt(self, prompt: PromptState) -> None:
         """Use another prompt from the next forward on, without touching the caches."""
@@ -231,7 +254,7 @@ class Denoiser:
     def keep_newest(self, num_frames: int) -> None:
         """Forget all but the sink and the newest frames, under every prompt. A newest chunk that stays whole can still
         be overwritten."""
-        for expert in self.experts:
+        for expert in self.lanes:
             expert.keep_newest(num_frames * self._tokens_per_frame)
 
     def pin_newest(self, name: str, num_frames: int) -> None:
@@ -246,47 +269,50 @@ class Denoiser:
 
     def notice_adapters(self) -> None:
         """Drop what was computed under other LoRA adapters than the present ones, but for keys and values."""
-        for expert in self.experts:
+        for expert in self.lanes:
             expert.conditions.notice_adapters(expert.transformer)
 
     def reset(self) -> None:
         """Forget the video, but not the prompt."""
-        for expert in self.experts:
+        self._later_lanes = []
+        for expert in self.lanes:
             expert.reset()
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "prompt": self.prompt,
             "negative_prompt_embeds": self.negative_prompt_embeds,
-            "experts": [expert.state_dict() for expert in self.experts],
+            "experts": [expert.state_dict() for expert in self.lanes],
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.prompt = state["prompt"]
         self.negative_prompt_embeds = state["negative_prompt_embeds"]
-        for expert, saved in zip(self.experts, state["experts"], strict=True):
+        self.split_lanes(len(state["experts"]))
+        for expert, saved in zip(self.lanes, state["experts"], strict=True):
             expert.load_state_dict(saved, device)
 
     def fork(self) -> "Denoiser":
         """A copy with caches of its own; prompts and models are shared."""
         twin = copy.copy(self)
         twin.experts = [expert.fork() for expert in self.experts]
+        twin._later_lanes = [expert.fork() for expert in self._later_lanes]
         return twin
 
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(expert.nbytes for expert in self.experts)
+        return sum(expert.nbytes for expert in self.lanes)
 
     @property
     def input_bytes(self) -> int:
         """Bytes of what forwards read beside weights, keys and values: latents, time, rotary tables, slot numbers."""
-        return sum(expert.input_bytes for expert in self.experts)
+        return sum(expert.input_bytes for expert in self.lanes)
 
     @property
     def text_kv_bytes(self) -> int:
         """Bytes of the prompts' keys and values."""
-        return sum(expert.conditions.text_kv_bytes for expert in self.experts)
+        return sum(expert.conditions.text_kv_bytes for expert in self.lanes)
 
     @property
     def _embeds(self) -> list[torch.Tensor]:
@@ -298,4 +324,4 @@ class Denoiser:
 
     @property
     def _caches(self) -> list[WanKVCache]:
-        return [cache for expert in self.experts for cache in expert.caches]
+        return [cache for expert in self.lanes for cache in expert.caches]
