@@ -90,7 +90,8 @@ class RolloutConfig:
     sampler: str = "chunkwise"
     """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive),
     `rolling` denoises a window of chunks at rising noise (Rolling Forcing), `recompute` makes the past anew for every
-    chunk (Krea Realtime), `stream_batch` has a cache for each denoising step (StreamDiffusionV2). See `docs/SAMPLERS.md`."""
+    chunk (Krea Realtime), `stream_batch` has a cache for each denoising step (StreamDiffusionV2). See
+    `docs/SAMPLERS.md`."""
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that sampler alone, by name."""
     solver: str = "renoise"

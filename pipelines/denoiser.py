@@ -232,9 +232,9 @@ class Denoiser:
             expert.rewrite(latents, window, 0, self.prompt.embeds, keep_sink)
 
     def split_lanes(self, count: int) -> None:
-        """Copy the caches, so that there are `count` lanes with the same past; from now on they share the prompt alone.
+        """Copy the caches, so that there are `count` lanes with the same past. From then on they share only the prompt.
 
-        Writing a context or changing one goes for all lanes alike.
+        What writes a context, or changes one, does so in every lane.
         """
         self._later_lanes = [self.experts[0].fork() for _ in range(count - 1)]
 

@@ -21,7 +21,7 @@ class SourceFrames:
     """Frames of a source that belong together."""
 
     latents: torch.Tensor
-    """Normalised, `(batch, channels, frames, height, width)`."""
+    """`(batch, channels, frames, height, width)`."""
     pixels: torch.Tensor
     """In [-1, 1], `(videos, 3, pixel frames, height, width)`; one video may stand for the whole batch."""
 
@@ -53,8 +53,11 @@ class SourceVideo:
         """
         return self.next_frames(num_frames).latents
 
-    def next_frames(self, num_frames: int) -> SourceFrames:
+    def next_frames(self, num_frames: int, normalized: bool = True) -> SourceFrames:
         """The next latents, up to `num_frames`, with the pixels that they stand for.
+
+        Args:
+            normalized (`bool`): Give latents on the transformer's scale instead of the VAE's.
 
         Raises:
             SourceEndedError: not even one latent frame is left.
@@ -71,4 +74,7 @@ class SourceVideo:
             clip = np.stack([np.asarray(frame) for frame in clip])
         video = self._components.preprocess_pixels(clip, **self._size)
         latents = self._encoder.encode(video).to(self._components.device)
+        if not normalized:
+            assert self._components.codec is not None
+            latents = self._components.codec.denormalize(latents)
         return SourceFrames(expand_to_batch(latents, self._batch_size, "video"), video)

@@ -56,12 +56,18 @@ class StreamBatchSampler(Sampler):
     With a source, `strength` is the rate of noise in a still picture, and all steps of the list are made.
 
     Args:
+        normalized_source (`bool`, defaults to `True`): Whether source latents are on the transformer's scale. The
+            original mixes in latents as the VAE gives them and decodes normalised ones all the same; its checkpoint
+            is used with `False`.
         restart_positions (`int`, *optional*): Rotary position from which on the next chunk starts again at
             `window_frames - 1`, while cached keys keep theirs. The original's live sessions use 50.
     """
 
-    def __init__(self, context: SamplingContext, restart_positions: int | None = None) -> None:
+    def __init__(
+        self, context: SamplingContext, normalized_source: bool = True, restart_positions: int | None = None
+    ) -> None:
         super().__init__(context)
+        self._normalized_source = normalized_source
         self._restart_positions = restart_positions
         self._in_flight: tuple[ChunkInLane, ...] = ()
         """Oldest first, each in a lane of its own. Replaced and never changed, so that a fork may share it."""
@@ -120,7 +126,7 @@ class StreamBatchSampler(Sampler):
         assert source is not None
         assert strength is not None
         try:
-            frames = source.next_frames(chunk.num_frames)
+            frames = source.next_frames(chunk.num_frames, self._normalized_source)
         except SourceEndedError:
             self._source_ended = True
             return
@@ -261,8 +267,8 @@ class StreamBatchSampler(Sampler):
 
     @property
     def nbytes(self) -> int:
-        held = [entry.latents for entry in (*self._in_flight, *self._read)]
-        return sum(tensor.nbytes for tensor in (*held, self._last_pixels) if tensor is not None)
+        waiting = [*(entry.latents for entry in self._in_flight), *(read.latents for read in self._read)]
+        return sum(tensor.nbytes for tensor in (*waiting, self._last_pixels) if tensor is not None)
 
 
 def _motion(pixels: torch.Tensor) -> float:

@@ -140,7 +140,7 @@ class _RecordedSource:
         self._latents = latents
         self._pixels = pixels
 
-    def next_frames(self, num_frames: int) -> SourceFrames:
+    def next_frames(self, num_frames: int, normalized: bool) -> SourceFrames:
         left = self._latents.shape[2]
         num_pixels = self._pixels.shape[2] - 4 * (left - num_frames)
         taken = SourceFrames(self._latents[:, :, :num_frames], self._pixels[:, :, :num_pixels])
