@@ -232,7 +232,7 @@ class Denoiser:
             expert.rewrite(latents, window, 0, self.prompt.embeds, keep_sink)
 
     def split_lanes(self, count: int) -> None:
-        """Copy the caches, so that there are `count` lanes with the same past. From then on they share only the prompt.
+        """Copy the caches, so that there are `count` lanes with the same past. Afterwards they share only the prompt.
 
         What writes a context, or changes one, does so in every lane.
         """
