@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest --numprocesses 2
 # Tests that compare bits, or with recordings: they have to hold whatever kernels torch picks for a CPU.
 EXACT := golden or test_rollout or streaming_vae or kv_cache or relative_positions or static_addresses or test_resume.py
 
-.PHONY: demo test test-all test-plain-cpu check lint typecheck train-demo clean
+.PHONY: demo serve test test-browser test-all test-plain-cpu check lint typecheck train-demo clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ demo: $(READY)
 		--prompt "4s: a green cross moving right on a navy background" \
 		--prompt "8s: a yellow square moving up on a black background" --seed 0 --contact-sheet \
 		--output outputs/demo-prompts.mp4
+	$(BIN)/python tools/demo_gif.py outputs/demo-prompts.mp4 outputs/demo.gif
+
+serve: $(READY)
+	$(BIN)/wan-ar serve
 
 train-demo: $(READY)
 	$(BIN)/python -m examples.train_demo.train --output outputs/train-demo
@@ -39,6 +43,11 @@ test: $(READY) $(LINKS)
 
 test-all: $(READY) $(LINKS)
 	$(PYTEST)
+
+# Needs /usr/bin/chromium (apt-get install chromium); playwright drives it and downloads no browser.
+test-browser: $(READY) $(LINKS)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	$(BIN)/pytest -n 0 -s tests/integration/test_live_page.py
 
 test-plain-cpu: $(READY) $(LINKS)
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" -k "$(EXACT)"

@@ -6,8 +6,6 @@ The names in `SETTING_NAMES` are at the same time the keys of a yaml file and th
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -201,34 +199,12 @@ def _check_numbers(rollout: RolloutConfig) -> None:
         raise ValueError(f"num_frames is {rollout.num_frames}; it must be at most {MOST_FRAMES}")
     if rollout.output_type not in ("np", "uint8"):
         raise ValueError(f"output_type is {rollout.output_type!r}; an mp4 is made of np or uint8 frames")
-    if rollout.num_inference_steps is not None and rollout.denoising_steps is not None:
-        raise ValueError("num_inference_steps is a count and denoising_steps a list of the same steps; give one")
-    for name in _ROLLOUT_NAMES:
-        value = getattr(rollout, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name}: must be a finite number, got {value}")
-    if rollout.guidance_scale < 0:
-        raise ValueError(f"guidance_scale is {rollout.guidance_scale:g}; it must be at least 0")
-    if not 0 <= rollout.sink_decay <= 1:
-        raise ValueError(f"sink_decay is {rollout.sink_decay:g}; it must be between 0 and 1")
     for name in ("height", "width"):
         size = getattr(rollout, name)
         if size % SIZE_MULTIPLE:
             below = size - size % SIZE_MULTIPLE
             near = f"{below} and {below + SIZE_MULTIPLE}" if below else f"{SIZE_MULTIPLE}"
             raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE} pixels, got {size}; the nearest: {near}")
-    for name in ("denoising_steps", "first_chunk_steps"):
-        steps = getattr(rollout, name)
-        if steps is None:
-            continue
-        if any(not 0 <= step <= TABLE_STEPS for step in steps):
-            raise ValueError(f"{name}: every step must be from 0 to {TABLE_STEPS}, got {_listed(steps)}")
-        if not steps or any(a <= b for a, b in itertools.pairwise(steps)):
-            raise ValueError(f"{name} must descend, got {_listed(steps)}")
-
-
-def _listed(steps: tuple[float, ...]) -> str:
-    return ", ".join(f"{step:g}" for step in steps[:10]) + (", …" if len(steps) > 10 else "") or "none"
 
 
 # Of each pair only one makes sense, so giving one in a later layer replaces the other of an earlier one.

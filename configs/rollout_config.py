@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
@@ -163,6 +165,17 @@ class RolloutConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: must be a finite number, got {value}")
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale is {self.guidance_scale:g}; it must be at least 0")
+        if not 0 <= self.sink_decay <= 1:
+            raise ValueError(f"sink_decay is {self.sink_decay:g}; it must be between 0 and 1")
+        if self.num_inference_steps is not None and self.denoising_steps is not None:
+            raise ValueError("num_inference_steps is a count and denoising_steps a list of the same steps; give one")
+        for name in ("denoising_steps", "first_chunk_steps"):
+            check_steps(name, getattr(self, name))
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength is {self.strength}; it must be above 0 (the source) and at most 1 (all new)")
         if not 0 <= self.context_noise <= 1000:
@@ -237,6 +250,20 @@ _CLOSED_CHOICES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("sink_update", SINK_UPDATES),
     ("kv_dtype", (None, *KV_DTYPES)),
 )
+
+
+def check_steps(name: str, steps: tuple[float, ...] | None) -> None:
+    """Raise `ValueError` for a list of timesteps that is empty, leaves 0 to 1000, or does not descend."""
+    if steps is None:
+        return
+    if not all(isinstance(step, int | float) and 0 <= step <= 1000 for step in steps):
+        raise ValueError(f"{name}: every step must be from 0 to 1000, got {_listed(steps)}")
+    if not steps or any(later >= earlier for earlier, later in itertools.pairwise(steps)):
+        raise ValueError(f"{name} must descend, got {_listed(steps)}")
+
+
+def _listed(steps: tuple[float, ...]) -> str:
+    return ", ".join(f"{step:g}" for step in steps[:10]) + (", …" if len(steps) > 10 else "") or "none"
 
 
 def check_window(window_frames: int | None, sink_frames: int, chunk_frames: int) -> None:

@@ -36,15 +36,20 @@ def load_image(path: str | os.PathLike[str], height: int, width: int) -> npt.NDA
                     f"it has {opened.width}x{opened.height} pixels, the most that is read is {MOST_PIXELS:,} "
                     "(8192x8192); scale it down first"
                 )
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("RGB"), (width, height), method=Image.Resampling.LANCZOS)
+            image = fit_image(opened, height, width)
     # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, DecompressionBombError) for a bad file.
     except Exception as error:
         raise ValueError(f"cannot read '{source}' as an image: {_one_line(error)}") from error
     return np.asarray(image, dtype=np.uint8)[None]
+
+
+def fit_image(opened: Image.Image, height: int, width: int) -> Image.Image:
+    """An RGB picture of that size: turned as the camera noted, over white, scaled to cover, cropped at the centre."""
+    image: Image.Image = ImageOps.exif_transpose(opened)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return ImageOps.fit(image.convert("RGB"), (width, height), method=Image.Resampling.LANCZOS)
 
 
 def load_video(

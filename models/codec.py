@@ -42,7 +42,9 @@ class ChunkEncoder(Protocol):
 class VideoCodec(Protocol):
     """A VAE as a rollout sees it."""
 
-    vae: torch.nn.Module
+    @property
+    def vae(self) -> torch.nn.Module: ...
+
     latent_channels: int
     scale_factor_spatial: int
     scale_factor_temporal: int

@@ -34,7 +34,11 @@ def write_sharded(
             weight = make(name).detach().contiguous()
             is_view = weight.untyped_storage().nbytes() != weight.nbytes
             weights[name] = weight.clone() if is_view else weight
-        save_file(weights, folder / file, metadata={"format": "pt"})
+        path = folder / file
+        path.touch()
+        mode = path.stat().st_mode  # what the user's files have; safetensors makes one that only the owner may read
+        save_file(weights, path, metadata={"format": "pt"})
+        path.chmod(mode)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

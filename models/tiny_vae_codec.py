@@ -58,7 +58,7 @@ class TinyVaeCodec:
         return TinyChunkEncoder(self.vae)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(_to_vae(self.vae, latents)).sample
+        return self.vae.decode(_to_vae(self.vae, latents), return_dict=False)[0]
 
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
         return denormalize_latents(self.vae, latents)

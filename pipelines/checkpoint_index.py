@@ -4,38 +4,38 @@ from typing import Any
 
 STOCK_CLASSES: dict[str, tuple[str, str]] = {
     "transformer": ("diffusers", "WanTransformer3DModel"),
+    "transformer_2": ("diffusers", "WanTransformer3DModel"),
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
 """What saved folders name. diffusers refuses Hub repos that name classes of other packages."""
 
 _OUR_CLASSES = {
     "transformer": ("wan_autoregressive.models.causal_wan_transformer", "CausalWanTransformer3DModel"),
+    "transformer_2": ("wan_autoregressive.models.causal_wan_transformer", "CausalWanTransformer3DModel"),
     "scheduler": ("wan_autoregressive.schedulers.self_forcing_scheduler", "SelfForcingScheduler"),
 }
 _TRANSFORMERS = ("WanTransformer3DModel", "CausalWanTransformer3DModel")
 _VAES = ("AutoencoderKLWan",)
 # Entries of other Wan pipelines' folders that say nothing to this one.
-_NOT_OURS = ("transformer_2", "boundary_ratio", "expand_timesteps", "image_encoder", "image_processor")
+_NOT_OURS = ("expand_timesteps", "image_encoder", "image_processor")
 
 
 def swap_component_classes(config_dict: dict[str, Any]) -> dict[str, Any]:
     """A `model_index.json` with our classes in the place of stock ones.
 
     Raises:
-        ValueError: the folder holds another kind of model, or Wan 2.2's pair of experts.
+        ValueError: the folder holds another kind of model, or half of a pair of experts.
     """
     config_dict = dict(config_dict)
-    for name, allowed in (("transformer", _TRANSFORMERS), ("vae", _VAES)):
+    for name, allowed in (("transformer", _TRANSFORMERS), ("transformer_2", _TRANSFORMERS), ("vae", _VAES)):
         class_name = (config_dict.get(name) or (None, None))[1]
         if class_name is not None and class_name not in allowed:
             raise ValueError(
                 f"this folder's {name} is a {class_name}; WanAutoregressivePipeline needs a {' or '.join(allowed)}"
             )
-    if (config_dict.get("transformer_2") or (None, None))[1] is not None:
-        raise ValueError(
-            "this folder holds two transformers (transformer_2, as Wan2.2-A14B does); causal generation needs a model "
-            "with one"
-        )
+    first, second = ((config_dict.get(name) or (None, None))[1] for name in ("transformer", "transformer_2"))
+    if second is not None and first is None:
+        raise ValueError("this folder holds a transformer_2 and no transformer; a pair of experts needs both")
     for name in _NOT_OURS:
         config_dict.pop(name, None)
     for name, classes in _OUR_CLASSES.items():

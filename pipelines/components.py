@@ -12,13 +12,13 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from diffusers.video_processor import VideoProcessor
 
 from wan_autoregressive.cache import MovingAverageSink, WanKVCache
-from wan_autoregressive.configs.registry import SOLVERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models import CausalWanTransformer3DModel, VideoCodec
 from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of, pixel_frames_of
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState, check_prompt, expand_to_batch
 from wan_autoregressive.pipelines.video_frames import as_unit_floats
 from wan_autoregressive.schedulers import SelfForcingScheduler
+from wan_autoregressive.schedulers.step_solver import new_solver
 
 Schedulers = tuple[SelfForcingScheduler, SelfForcingScheduler]
 """Of the first generated chunk, and of all later ones."""
@@ -83,6 +83,22 @@ class WanComponents:
     """`None` if only latents are asked for."""
     text_encoder: WanTextEncoder | None = None
     """`None` if only embeddings are passed."""
+    transformer_2: CausalWanTransformer3DModel | None = None
+    """The second of a pair of experts (Wan2.2-A14B), for steps below the boundary."""
+    boundary_ratio: float | None = None
+    """Of a pair, the share of the training timesteps from which `transformer` denoises."""
+
+    @property
+    def transformers(self) -> list[CausalWanTransformer3DModel]:
+        """One, or two experts: that for high noise and that for low noise."""
+        return [self.transformer] if self.transformer_2 is None else [self.transformer, self.transformer_2]
+
+    @property
+    def boundary(self) -> float | None:
+        """Timestep from which the first of two transformers denoises; `None` with one."""
+        if self.transformer_2 is None or self.boundary_ratio is None:
+            return None
+        return self.boundary_ratio * float(self.scheduler.config.num_train_timesteps)
 
     # Where, and how large.
 
@@ -123,7 +139,7 @@ class WanComponents:
             scheduler_config (`dict`, *optional*): Of a scheduler to use in the place of the component.
 
         Raises:
-            ValueError: steps that the solver cannot take.
+            ValueError: steps that the solver or two transformers cannot take.
         """
         later = SelfForcingScheduler.from_config(scheduler_config or self.scheduler.config)
         later.set_timesteps(config.num_inference_steps, denoising_steps=config.denoising_steps)
@@ -132,7 +148,7 @@ class WanComponents:
             first = SelfForcingScheduler.from_config(later.config)
             first.set_timesteps(denoising_steps=config.first_chunk_steps)
         for scheduler in (first, later):
-            SOLVERS.load(config.solver)(scheduler)  # refuses steps now instead of after some chunks
+            new_solver(config.solver, scheduler, self.boundary)  # refuses steps now instead of after some chunks
         return first, later
 
     def new_kv_cache(self, config: RolloutConfig, total_frames: int | None) -> WanKVCache:

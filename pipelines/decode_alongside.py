@@ -14,10 +14,10 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.hooks import AlignDevicesHook, CpuOffload
 
 from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
 from wan_autoregressive.pipelines.components import WanComponents
+from wan_autoregressive.pipelines.offload import is_offloaded
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.source_video import SourceEndedError
@@ -46,10 +46,11 @@ class OverlappedRollout(Protocol):
 
 
 def check_decode_alongside(components: WanComponents) -> None:
-    """Raise `ValueError` if transformer or VAE are offloaded, whole or in parts."""
+    """Raise `ValueError` if a transformer or the VAE is offloaded, whole or in parts."""
     vae = None if components.codec is None else components.codec.vae
-    for name, model in (("transformer", components.transformer), ("vae", vae)):
-        if model is not None and _is_offloaded(model):
+    first, second = components.transformer, components.transformer_2
+    for name, model in (("transformer", first), ("transformer_2", second), ("vae", vae)):
+        if model is not None and is_offloaded(model):
             raise ValueError(
                 f"decode_alongside runs the transformer and the VAE at the same time, but the {name} is offloaded "
                 "between its uses; leave decode_alongside out, or keep both on their devices with pipe.to(device)"
@@ -151,16 +152,3 @@ def _modes_of_this_thread(device_type: str) -> Callable[[], AbstractContextManag
         return stack
 
     return enter
-
-
-def _is_offloaded(model: torch.nn.Module) -> bool:
-    """Whether hooks of accelerate or diffusers move the model's weights in and out."""
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and registry.get_hook("group_offloading") is not None:
-            return True
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", [hook]):
-            if isinstance(part, CpuOffload) or (isinstance(part, AlignDevicesHook) and part.offload):
-                return True
-    return False

@@ -1,11 +1,15 @@
 """What one forward over these frames at these noise levels gives.
 
-A denoiser holds what the transformer keeps of one video: keys and values, conditions, the prompt. It knows neither the
+A denoiser holds what the transformers keep of one video: keys and values, conditions, the prompt. It knows neither the
 order of chunks nor what a prompt was before, and no VAE.
+
+Of two transformers (Wan2.2-A14B's experts for high and for low noise) each step runs one. Both cache every finished
+chunk, each in keys and values of its own, and each computes the text by itself, which FastVideo's code does not.
 """
 
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +22,7 @@ from wan_autoregressive.models.causal_wan_transformer import CausalWanTransforme
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.forward_plan import PastFrames
 from wan_autoregressive.pipelines.components import WanComponents
+from wan_autoregressive.pipelines.offload import make_room
 from wan_autoregressive.pipelines.prompts import PromptState
 
 
@@ -171,7 +176,7 @@ class Expert:
 
 
 class Denoiser:
-    """The transformer of one video, under its prompt.
+    """The transformer of one video, or its two experts, under its prompt.
 
     Args:
         total_frames (`int`, *optional*): Latent frames of the video, if it has an end.
@@ -193,19 +198,29 @@ class Denoiser:
         self.guidance_scale = config.guidance_scale
         self._tokens_per_frame = components.tokens_per_frame(config)
         branches = 2 if config.do_classifier_free_guidance else 1
-        caches = [components.new_kv_cache(config, total_frames) for _ in range(branches)]
-        self.experts = [Expert(components.transformer, caches, attention_kwargs or {})]
+        self.boundary = components.boundary
+        """Timestep from which the first of two experts denoises; `None` with one."""
+        self.experts = [
+            Expert(
+                transformer,
+                [components.new_kv_cache(config, total_frames) for _ in range(branches)],
+                attention_kwargs or {},
+            )
+            for transformer in components.transformers
+        ]
         self._later_lanes: list[Expert] = []
-        """Copies of the expert, which is lane 0, with caches that go their own ways."""
+        """Copies of the only expert, which is lane 0, with caches that go their own ways."""
 
     def predict(self, latents: torch.Tensor, window: Window, lane: int = 0) -> torch.Tensor:
         """The guided flow, shaped as `latents` `(batch, channels, frames, height, width)`.
 
+        Of two experts the frame with the most noise decides.
+
         Args:
             lane (`int`): Whose caches are used, see `split_lanes`.
         """
-        expert = self.lanes[lane]
-        flows = []
+        is_low = self.boundary is not None and max(window.timesteps) < self.boundary
+        expert, flows = self._later_lanes[lane - 1] if lane else self._in_use(1 if is_low else 0), []
         for branch, embeds in enumerate(self._embeds):
             flow = expert.forward(latents, window, branch, embeds)
             assert flow is not None
@@ -221,31 +236,27 @@ class Denoiser:
         Args:
             skip_prompt (`bool`): Leave out the prompt's cache, which is about to be rewritten.
         """
-        for expert in self.lanes:
+        for expert in self._all_in_turn():
             for branch, embeds in enumerate(self._embeds):
                 if branch > 0 or not skip_prompt:
                     expert.forward(latents, window, branch, embeds, context_only=True)
 
     def rewrite_context(self, latents: torch.Tensor, window: Window, keep_sink: bool) -> None:
         """Replace what the caches of the prompt hold, or all but the sink, in one pass over finished latents."""
-        for expert in self.lanes:
+        for expert in self._all_in_turn():
             expert.rewrite(latents, window, 0, self.prompt.embeds, keep_sink)
 
     def split_lanes(self, count: int) -> None:
         """Copy the caches, so that there are `count` lanes with the same past. Afterwards they share only the prompt.
 
-        What writes a context, or changes one, does so in every lane.
+        For a single expert. What writes a context, or changes one, does so in every lane.
         """
         self._later_lanes = [self.experts[0].fork() for _ in range(count - 1)]
 
     @property
     def lanes(self) -> list[Expert]:
-        """The expert and its copies."""
-        return [*self.experts, *self._later_lanes]
-
-    @property
-    def num_lanes(self) -> int:
-        return len(self.lanes)
+        """Lane 0 is the expert itself."""
+        return [self.experts[0], *self._later_lanes]
 
     def set_prompt(self, prompt: PromptState) -> None:
         """Use another prompt from the next forward on, without touching the caches."""
@@ -254,7 +265,7 @@ class Denoiser:
     def keep_newest(self, num_frames: int) -> None:
         """Forget all but the sink and the newest frames, under every prompt. A newest chunk that stays whole can still
         be overwritten."""
-        for expert in self.lanes:
+        for expert in self._all:
             expert.keep_newest(num_frames * self._tokens_per_frame)
 
     def pin_newest(self, name: str, num_frames: int) -> None:
@@ -269,27 +280,27 @@ class Denoiser:
 
     def notice_adapters(self) -> None:
         """Drop what was computed under other LoRA adapters than the present ones, but for keys and values."""
-        for expert in self.lanes:
+        for expert in self._all:
             expert.conditions.notice_adapters(expert.transformer)
 
     def reset(self) -> None:
         """Forget the video, but not the prompt."""
         self._later_lanes = []
-        for expert in self.lanes:
+        for expert in self._all:
             expert.reset()
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "prompt": self.prompt,
             "negative_prompt_embeds": self.negative_prompt_embeds,
-            "experts": [expert.state_dict() for expert in self.lanes],
+            "experts": [expert.state_dict() for expert in self._all],
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.prompt = state["prompt"]
         self.negative_prompt_embeds = state["negative_prompt_embeds"]
-        self.split_lanes(len(state["experts"]))
-        for expert, saved in zip(self.lanes, state["experts"], strict=True):
+        self.split_lanes(len(state["experts"]) - len(self.experts) + 1)
+        for expert, saved in zip(self._all, state["experts"], strict=True):
             expert.load_state_dict(saved, device)
 
     def fork(self) -> "Denoiser":
@@ -302,17 +313,34 @@ class Denoiser:
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(expert.nbytes for expert in self.lanes)
+        return sum(expert.nbytes for expert in self._all)
 
     @property
     def input_bytes(self) -> int:
         """Bytes of what forwards read beside weights, keys and values: latents, time, rotary tables, slot numbers."""
-        return sum(expert.input_bytes for expert in self.lanes)
+        return sum(expert.input_bytes for expert in self._all)
 
     @property
     def text_kv_bytes(self) -> int:
         """Bytes of the prompts' keys and values."""
-        return sum(expert.conditions.text_kv_bytes for expert in self.lanes)
+        return sum(expert.conditions.text_kv_bytes for expert in self._all)
+
+    def _in_use(self, index: int) -> Expert:
+        """An expert that is about to run; model offload has no other one on the device meanwhile."""
+        for other in self.experts[:index] + self.experts[index + 1 :]:
+            make_room(other.transformer)
+        return self.experts[index]
+
+    def _all_in_turn(self) -> Iterator[Expert]:
+        """Every expert, the last one first: it made the last step, and the first one makes the next. Then lanes."""
+        for index in reversed(range(len(self.experts))):
+            yield self._in_use(index)
+        yield from self._later_lanes
+
+    @property
+    def _all(self) -> list[Expert]:
+        """Experts and lanes, each with caches of its own."""
+        return [*self.experts, *self._later_lanes]
 
     @property
     def _embeds(self) -> list[torch.Tensor]:
@@ -324,4 +352,4 @@ class Denoiser:
 
     @property
     def _caches(self) -> list[WanKVCache]:
-        return [cache for expert in self.lanes for cache in expert.caches]
+        return [cache for expert in self._all for cache in expert.caches]

@@ -15,6 +15,52 @@ def check_extensions(config: RolloutConfig) -> None:
     SWITCH_POLICIES.load(config.switch_policy).from_config(config)
 
 
+def check_experts(components: WanComponents, config: RolloutConfig) -> None:
+    """Raise `ValueError` for two transformers that do not go together, or settings that they cannot work with."""
+    check_pair(components)
+    if components.transformer_2 is None:
+        return
+    if not SAMPLERS.load(config.sampler).denoises_by_chunk:
+        raise ValueError(
+            f"sampler {config.sampler!r} does not take a chunk through its steps by itself, as two transformers need "
+            "it; use 'chunkwise'"
+        )
+    if not config.clean_pass:
+        raise ValueError(
+            "clean_pass is off, but this pipeline has two transformers, of which the first never sees a chunk with "
+            "little noise; leave the context pass on"
+        )
+
+
+def check_pair(components: WanComponents) -> None:
+    """Raise `ValueError` for a second transformer without a boundary, the other way round, or of another size."""
+    second, ratio = components.transformer_2, components.boundary_ratio
+    if second is None and ratio is None:
+        return
+    if second is None:
+        raise ValueError(
+            f"boundary_ratio is {ratio}, but there is no transformer_2 for the steps below it; add it, or set "
+            "boundary_ratio to None for one transformer"
+        )
+    if ratio is None or not 0 < ratio < 1:
+        raise ValueError(
+            f"boundary_ratio is {ratio}; with a transformer_2 it must be above 0 and below 1, 0.875 for "
+            "Wan2.2-T2V-A14B"
+        )
+    first = components.transformer
+    pairs = {name: (first.config[name], second.config[name]) for name in _SHARED_BY_EXPERTS}
+    for name, (one, other) in {**pairs, "dtype": (first.dtype, second.dtype)}.items():
+        if one != other:
+            raise ValueError(f"transformer and transformer_2 must have the same {name}, got {one} and {other}")
+
+
+_SHARED_BY_EXPERTS = (
+    *("patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim"),
+    *("text_dim", "rope_max_seq_len"),
+)
+"""What latents, keys and values and the text of a video depend on."""
+
+
 def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: int) -> None:
     """Raise `ValueError` for sizes, counts or a kind of transformer that cannot work."""
     model = components.transformer.config

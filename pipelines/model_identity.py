@@ -15,9 +15,13 @@ def model_identity(components: WanComponents, with_vae: bool) -> dict[str, Any]:
     Args:
         with_vae: whether the video is decoded; otherwise the VAE does not matter.
     """
-    transformer, codec = components.transformer, components.codec
-    identity: dict[str, Any] = {"transformer": _component_identity(transformer)}
-    identity["transformer"]["sinusoid_dtype"] = str(transformer.condition_embedder.timesteps_proj.sinusoid_dtype)
+    codec = components.codec
+    identity: dict[str, Any] = {}
+    for name, transformer in zip(("transformer", "transformer_2"), components.transformers, strict=False):
+        identity[name] = _component_identity(transformer)
+        identity[name]["sinusoid_dtype"] = str(transformer.condition_embedder.timesteps_proj.sinusoid_dtype)
+    if components.transformer_2 is not None:
+        identity["transformer_2"]["boundary_ratio"] = components.boundary_ratio
     if with_vae:
         identity["vae"] = None if codec is None else _component_identity(codec.vae) | {"tiling": codec.settings()}
     return identity
@@ -35,8 +39,10 @@ def _component_identity(component: Any) -> dict[str, Any]:
 
 def check_same_model(saved: dict[str, Any], now: dict[str, Any], folder: str | os.PathLike[str]) -> None:
     """Raise `ValueError` with the first difference between two identities; `saved` is from the state in `folder`."""
+    if "transformer_2" in now and "transformer_2" not in saved:
+        raise ValueError(f"the state in '{folder}' is of one transformer; this pipeline has a transformer_2 too")
     for name, was in saved.items():
-        got = now[name]
+        got = now.get(name)
         if got is None:
             raise ValueError(f"the state in '{folder}' needs a {name}; this pipeline has none")
         for part in [part for part in was if part != "weights"]:

@@ -25,7 +25,14 @@ from wan_autoregressive.pipelines.checkpoint_index import STOCK_CLASSES, swap_co
 from wan_autoregressive.pipelines.components import WanComponents, WanTextEncoder
 from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
 from wan_autoregressive.pipelines.inferred_sizes import given_latent_frames, pixel_frames, pixel_size
-from wan_autoregressive.pipelines.input_checks import check_extensions, check_prompts, check_sizes, check_tensors
+from wan_autoregressive.pipelines.input_checks import (
+    check_experts,
+    check_extensions,
+    check_pair,
+    check_prompts,
+    check_sizes,
+    check_tensors,
+)
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState, check_one_of, prompt_count
 from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
@@ -65,11 +72,18 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer ([`CausalWanTransformer3DModel`]): A plain `WanTransformer3DModel` is turned into one in place.
         vae ([`AutoencoderKLWan`]): May be `None` if only latents are asked for.
         scheduler ([`SelfForcingScheduler`]): Another scheduler is replaced by one with its flow shift.
+        transformer_2 ([`CausalWanTransformer3DModel`], *optional*): Wan2.2-A14B's second expert, for the steps below
+            the boundary, with caches of its own; `transformer` then makes those above.
+        boundary_ratio (`float`, *optional*): Where the two meet, as a share of the training timesteps; that of the
+            folder.
+
+    Raises:
+        ValueError: a boundary without a second transformer or the other way round, or one of another size.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->transformer_2->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
-    _optional_components = ["tokenizer", "text_encoder", "vae"]  # noqa: RUF012
+    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer_2"]  # noqa: RUF012
 
     # Text is encoded exactly as in WanPipeline: padded with zeros to max_sequence_length, and the padding attended to.
     encode_prompt = WanPipeline.encode_prompt
@@ -82,18 +96,27 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer: CausalWanTransformer3DModel | WanTransformer3DModel,
         vae: AutoencoderKLWan,
         scheduler: SelfForcingScheduler,
+        transformer_2: CausalWanTransformer3DModel | WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(transformer, WanTransformer3DModel) and not isinstance(transformer, CausalWanTransformer3DModel):
-            transformer = CausalWanTransformer3DModel.from_wan(transformer)
+        transformer, transformer_2 = _as_causal(transformer), _as_causal(transformer_2)
         if isinstance(scheduler, SchedulerMixin) and not isinstance(scheduler, SelfForcingScheduler):
             scheduler = SelfForcingScheduler.from_config(scheduler.config)
         self.register_modules(
-            tokenizer=tokenizer, text_encoder=text_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            transformer=transformer,
+            transformer_2=transformer_2,
+            vae=vae,
+            scheduler=scheduler,
         )
         # Saved folders name stock classes, so that they load from the Hub and in WanPipeline; loading swaps them back.
-        self.register_to_config(**STOCK_CLASSES)
-        geometry = self.wan_components().geometry
+        stock = {name: named for name, named in STOCK_CLASSES.items() if getattr(self, name) is not None}
+        self.register_to_config(**stock, boundary_ratio=boundary_ratio)
+        components = self.wan_components()
+        check_pair(components)
+        geometry = components.geometry
         self.vae_scale_factor_temporal = geometry.scale_factor_temporal
         self.vae_scale_factor_spatial = geometry.scale_factor_spatial
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
@@ -314,6 +337,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         negative = check_one_of(negative_prompt=negative_prompt, negative_prompt_embeds=negative_prompt_embeds)
         negative = "" if negative is None else negative
         check_extensions(config)
+        check_experts(components, config)
         check_sizes(components, config, given_frames)
         schedulers = components.schedulers(config)
         check_prompts(components, config, [first_prompt, negative, *schedule.values()], list(schedule))
@@ -398,6 +422,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             scheduler=self.scheduler,
             codec=None if self.vae is None else codec_of(self.vae),
             text_encoder=WanTextEncoder(self.tokenizer, self.text_encoder) if text else None,
+            transformer_2=self.transformer_2,
+            boundary_ratio=self.config.boundary_ratio,
         )
 
     def encode_video(self, video: Any, height: int, width: int, batch_size: int = 1) -> torch.Tensor:
@@ -459,3 +485,10 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def _offloads_whole_models(self) -> bool:
         """Whether model offload (not group or sequential offload) swaps components in and out."""
         return bool(getattr(self, "_all_hooks", None))
+
+
+def _as_causal(transformer: Any) -> Any:
+    """A stock transformer turned into ours in place; anything else as it is."""
+    if isinstance(transformer, WanTransformer3DModel) and not isinstance(transformer, CausalWanTransformer3DModel):
+        return CausalWanTransformer3DModel.from_wan(transformer)
+    return transformer

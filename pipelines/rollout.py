@@ -23,7 +23,7 @@ from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
 from wan_autoregressive.pipelines.denoiser import Denoiser
 from wan_autoregressive.pipelines.finite_check import check_finite
 from wan_autoregressive.pipelines.frame_grid import Chunk
-from wan_autoregressive.pipelines.input_checks import check_extensions
+from wan_autoregressive.pipelines.input_checks import check_experts, check_extensions
 from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
@@ -204,6 +204,7 @@ class WanRollout:
         with self._guard.held("change"):
             config = self.config.changed(**settings)
             check_extensions(config)
+            check_experts(self.components, config)
             self.schedulers = self.components.schedulers(config, dict(self.schedulers[1].config))
             self._context.schedulers, self._context.config, self.config = self.schedulers, config, config
             self.denoiser.guidance_scale = config.guidance_scale
@@ -321,7 +322,7 @@ class WanRollout:
 
     @property
     def cache(self) -> WanKVCache:
-        """The prompt's keys and values."""
+        """The prompt's keys and values, of two transformers the first one's."""
         return self.denoiser.experts[0].caches[0]
 
     @property

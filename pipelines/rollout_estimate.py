@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.components import WanComponents
-from wan_autoregressive.pipelines.input_checks import check_extensions, check_sizes
+from wan_autoregressive.pipelines.input_checks import check_experts, check_extensions, check_sizes
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class RolloutEstimate:
 
     A video without end has no counts; without a window its cache grows and `kv_cache_bytes` is `None` as well.
     `text_kv_bytes` are the cross-attention keys and values of a prompt of `max_sequence_length` tokens, and with
-    guidance of the negative one, in the model's dtype.
+    guidance of the negative one, in the model's dtype. Keys and values are those of all transformers together.
     """
 
     chunks: int | None
@@ -30,21 +30,22 @@ def estimate_rollout(
 ) -> RolloutEstimate:
     """Count without running anything. Raises `ValueError` as the rollout itself would."""
     check_extensions(config)
+    check_experts(components, config)
     check_sizes(components, config, given_frames)
     sampler = SAMPLERS.load(config.sampler)
     first, later = (sampler.num_steps(config, own.num_inference_steps) for own in components.schedulers(config))
     branches = 2 if config.do_classifier_free_guidance else 1
     grid = components.frame_grid(config, given_frames)
-    transformer, codec = components.transformer, components.codec
-    forwards = sampler.num_forwards(config, grid, (first, later))
+    transformer, codec, experts = components.transformer, components.codec, len(components.transformers)
+    forwards = sampler.num_forwards(config, grid, (first, later), experts)
     cache_bytes = vae_bytes = None
     cached_frames = config.window_frames or grid.total_frames
     if cached_frames is not None:
         tokens = cached_frames * components.tokens_per_frame(config)
         cache = components.new_kv_cache(config, grid.total_frames)
-        cache_bytes = branches * transformer.kv_cache_bytes(tokens, batch_size, cache)
+        cache_bytes = experts * branches * transformer.kv_cache_bytes(tokens, batch_size, cache)
     # As many numbers per token as the self-attention has.
-    text_bytes = branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
+    text_bytes = experts * branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
     if codec is not None:
         vae_bytes = codec.state_bytes(batch_size, config.height, config.width)
     return RolloutEstimate(

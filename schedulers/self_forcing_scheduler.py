@@ -156,10 +156,10 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         self, original_samples: torch.Tensor, noise: torch.Tensor, timestep: float | torch.Tensor
     ) -> torch.Tensor:
         """Clean latents noised to a timestep: `(1 - sigma) * x0 + sigma * noise`, sigma of the nearest table entry."""
-        return self._mix(original_samples, noise, self.sigma_of(float(timestep)))
+        return self._mix(original_samples, noise, self.sigma_at(float(timestep)))
 
-    def sigma_of(self, timestep: float) -> float:
-        """Sigma of the table's entry nearest to any timestep, in the list of steps or not."""
+    def sigma_at(self, timestep: float) -> float:
+        """Sigma of the table entry nearest to any timestep."""
         return float(self._nearest_sigmas(torch.tensor(timestep)))
 
     def _nearest_sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:

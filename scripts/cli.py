@@ -26,6 +26,7 @@ COMMANDS = {
     "pull": ("wan_autoregressive.scripts.pull", "get a published checkpoint by name"),
     "convert": ("wan_autoregressive.scripts.convert", "make a checkpoint folder from published weights"),
     "estimate": ("wan_autoregressive.scripts.estimate", "compute the memory and the FLOPs of a model of any size"),
+    "serve": ("wan_autoregressive.scripts.serve", "serve a page with live video"),
     "benchmark": ("wan_autoregressive.scripts.benchmark", "measure the seconds of every stage with random weights"),
 }
 

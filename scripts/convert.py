@@ -116,7 +116,7 @@ def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     if (index.get("transformer_2") or [None])[0] is not None:
         raise ValueError(
-            f"The base {base} has two transformers (transformer_2, as in Wan2.2-A14B); only models with one work here."
+            f"The base {base} has two transformers (transformer_2, as in Wan2.2-A14B); convert makes models with one."
         )
     for name in _COPIED_COMPONENTS:
         entry = index.get(name)

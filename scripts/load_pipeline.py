@@ -28,9 +28,15 @@ _COMPONENTS = {
     "vae": ("AutoencoderKLWan",),
     "scheduler": None,
 }
+# What a pair of experts has beside.
+_SECOND = {"transformer_2": _COMPONENTS["transformer"]}
 _VOCABULARIES = ("tokenizer.json", "spiece.model")
 # What the weights of a layer are called, in the components that have `num_layers` of them.
-_LAYER_NAMES = {"transformer": re.compile(r"blocks\.(\d+)\."), "text_encoder": re.compile(r"encoder\.block\.(\d+)\.")}
+_LAYER_NAMES = {
+    "transformer": re.compile(r"blocks\.(\d+)\."),
+    "transformer_2": re.compile(r"blocks\.(\d+)\."),
+    "text_encoder": re.compile(r"encoder\.block\.(\d+)\."),
+}
 
 
 def model_folder(config: GenerateConfig) -> Path:
@@ -61,7 +67,8 @@ def check_model_folder(folder: Path) -> None:
         state = "is a file; `wan-ar convert` makes a folder of it" if folder.exists() else f"does not exist{hint}"
         raise ValueError(f"the model folder '{folder}' {state}")
     index = _read_index(folder)
-    for name, allowed in _COMPONENTS.items():
+    components = {**_COMPONENTS, **(_SECOND if (index.get("transformer_2") or [None])[0] else {})}
+    for name, allowed in components.items():
         entry = index.get(name)
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if kind is None or (allowed is not None and kind not in allowed):
@@ -76,7 +83,7 @@ def check_model_folder(folder: Path) -> None:
         raise ValueError(
             f"the model folder '{folder}' is incomplete: 'tokenizer' holds neither {' nor '.join(_VOCABULARIES)}"
         )
-    names: dict[str, set[str]] = {component: set() for component in _COMPONENTS}
+    names: dict[str, set[str]] = {component: set() for component in components}
     for path in sorted(folder.rglob("*.safetensors")):
         try:
             # Opening compares the header with the size of the file and reads no weights.
@@ -84,10 +91,10 @@ def check_model_folder(folder: Path) -> None:
                 names.setdefault(path.parent.name, set()).update(file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"the weights in '{path}' are damaged or cut off: {error}") from error
-    for config_path in (folder / component / "config.json" for component in ("transformer", "text_encoder", "vae")):
+    for config_path in (folder / component / "config.json" for component in (*_LAYER_NAMES, "vae")):
         component = config_path.parent.name
         config = read_json(config_path) if config_path.is_file() else {}
-        if component in _LAYER_NAMES and names[component]:
+        if component in _LAYER_NAMES and names.get(component):
             check_layers(component, config, names[component], config_path)
 
 

@@ -9,6 +9,7 @@ encoder learns its latents. Both work on normalised latents, the ones of the tra
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -39,17 +40,27 @@ CHUNK_FRAMES = 3  # latent frames per call when decoding is timed
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of the training, on clips of one length."""
+
+    steps: int
+    learning_rate: float
+    frames: int
+    clips: int  # made once and drawn from again and again
+    batch: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
 class TinyVaeSettings:
-    """Sizes of the tiny VAE and of its training."""
+    """Sizes of the tiny VAE and its training: short clips first, which are cheap, then long ones, a steady state."""
 
     encoder_width: int = 24
     decoder_widths: tuple[int, ...] = (56, 32, 24)
     blocks: int = 2
-    clips: int = 640
-    frames: int = 13
-    batch: int = 4
-    steps: int = 3600
-    learning_rate: float = 3e-3
+    phases: tuple[Phase, ...] = (
+        Phase(steps=3600, learning_rate=3e-3, frames=13, clips=640),
+        Phase(steps=2000, learning_rate=1.5e-3, frames=45, clips=160, batch=2),
+    )
 
 
 @dataclasses.dataclass
@@ -83,10 +94,10 @@ def create_tiny_vae(full: AutoencoderKLWan, settings: TinyVaeSettings, seed: int
 
 
 @torch.no_grad()
-def make_lessons(full: AutoencoderKLWan, settings: TinyVaeSettings, generator: torch.Generator) -> Lessons:
+def make_lessons(full: AutoencoderKLWan, phase: Phase, generator: torch.Generator) -> Lessons:
     parts = []
-    for _ in range(0, settings.clips, 8):
-        _, clips = random_clips(8, settings.frames, generator)
+    for _ in range(0, phase.clips, 8):
+        _, clips = random_clips(8, phase.frames, generator)
         clip_latents = normalize_latents(full, encode_clip(full, clips)[0])
         latents = clip_latents.clone()
         for index in range(round(8 * SPLICED)):
@@ -108,23 +119,33 @@ def decode_for_training(vae: AutoencoderTinyWan, latents: torch.Tensor) -> torch
 
 def train_tiny_vae(full: AutoencoderKLWan, folder: Path, settings: TinyVaeSettings, seed: int) -> AutoencoderTinyWan:
     """Train a tiny VAE for the latents of `full`; goes on from the training state in `folder` if there is one."""
-    worker = Worker()
-    lessons = make_lessons(full, settings, worker.generator(seed, 11))
     vae = create_tiny_vae(full, settings, seed)
+    for number, phase in enumerate(settings.phases):
+        _train_phase(vae, full, f"tiny_vae_{number}", phase, folder, seed + number)
+    return vae.eval().requires_grad_(False)
+
+
+def _train_phase(
+    vae: AutoencoderTinyWan, full: AutoencoderKLWan, name: str, phase: Phase, folder: Path, seed: int
+) -> None:
+    worker = Worker()
+
+    @functools.cache  # not made at all for a phase that is finished
+    def lessons() -> Lessons:
+        return make_lessons(full, phase, worker.generator(seed, 11))
 
     def losses(step: int) -> dict[str, torch.Tensor]:
-        chosen = torch.randint(len(lessons.clips), (settings.batch,), generator=worker.generator(seed, 12, step))
-        decoded, target = decode_for_training(vae, lessons.latents[chosen]), lessons.frames[chosen]
+        chosen = torch.randint(phase.clips, (phase.batch,), generator=worker.generator(seed, 12, step))
+        decoded, target = decode_for_training(vae, lessons().latents[chosen]), lessons().frames[chosen]
         decoder = reconstruction_loss(decoded, target)
         # What a viewer sees first: a jump from the last frame of one latent to the first of the next.
         motion = (decoded.diff(dim=2) - target.diff(dim=2)).abs().mean()
-        encoded = vae.encode(lessons.clips[chosen]).latent_dist.mode()
-        encoder = (encoded - lessons.clip_latents[chosen]).square().mean()
+        encoded = vae.encode(lessons().clips[chosen]).latent_dist.mode()
+        encoder = (encoded - lessons().clip_latents[chosen]).square().mean()
         loss = decoder + MOTION_WEIGHT * motion + encoder
         return {"loss": loss, "decoder": decoder, "motion": motion, "encoder": encoder}
 
-    train(FOLDER, vae, Schedule(settings.steps, settings.learning_rate), losses, folder, worker)
-    return vae.eval().requires_grad_(False)
+    train(name, vae, Schedule(phase.steps, phase.learning_rate), losses, folder, worker)
 
 
 def save_half(vae: AutoencoderTinyWan, folder: Path) -> None:
@@ -214,10 +235,6 @@ def main(arguments: list[str] | None = None) -> None:
     task.add_argument("--output", type=Path, metavar="DIR", help="train; state and log go to DIR, too, and it resumes")
     task.add_argument("--measure", action="store_true", help="measure the tiny VAE of the demo checkpoint")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="where --measure saves pictures")
-    parser.add_argument("--steps", type=int, default=TinyVaeSettings.steps, help="of training (default: %(default)s)")
-    parser.add_argument(
-        "--clips", type=int, default=TinyVaeSettings.clips, help="to learn from (default: %(default)s)"
-    )
     args = parser.parse_args(arguments)
     full = AutoencoderKLWan.from_pretrained(demo_checkpoint() / "vae", dtype=torch.float32)
     if args.measure:
@@ -227,8 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    settings = TinyVaeSettings(steps=args.steps, clips=args.clips)
-    save_half(train_tiny_vae(full, args.output, settings, seed=0), args.output / FOLDER)
+    save_half(train_tiny_vae(full, args.output, TinyVaeSettings(), seed=0), args.output / FOLDER)
     print(f"tiny VAE in {args.output / FOLDER}")
 
 

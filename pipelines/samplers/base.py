@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 
-from wan_autoregressive.configs.registry import SOLVERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.components import Schedulers
 from wan_autoregressive.pipelines.denoiser import Denoiser, Window
@@ -18,6 +17,7 @@ from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.source_video import SourceVideo
 from wan_autoregressive.pipelines.timings import StageTimings
 from wan_autoregressive.schedulers import SelfForcingScheduler, StepSolver
+from wan_autoregressive.schedulers.step_solver import new_solver
 
 
 class StepObserver(Protocol):
@@ -58,7 +58,7 @@ class SamplingContext:
 
     def new_solver(self, chunk: Chunk) -> StepSolver:
         """For the steps of one chunk."""
-        return SOLVERS.load(self.config.solver)(self.scheduler_of(chunk))
+        return new_solver(self.config.solver, self.scheduler_of(chunk), self.denoiser.boundary)
 
 
 class Sampler:
@@ -70,7 +70,8 @@ class Sampler:
     """
 
     denoises_by_chunk: ClassVar[bool] = False
-    """Whether a chunk goes through its steps by itself, so that any solver will do and given frames may be in it."""
+    """Whether a chunk goes through the steps of `context.new_solver` by itself: then any solver will do, given frames
+    may be in it, and two transformers may share the steps."""
 
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
@@ -127,11 +128,14 @@ class Sampler:
         return config.num_source_steps(listed)
 
     @classmethod
-    def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
+    def num_forwards(
+        cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
+    ) -> int | None:
         """Forwards of a whole video under one prompt, or `None` if that is not known.
 
         Args:
             steps: Denoising steps of the first generated chunk and of the later ones.
+            experts: Transformers, 1 or 2: they share the steps, and each caches every finished chunk.
         """
         return None
 

@@ -83,13 +83,16 @@ class ChunkwiseSampler(Sampler):
         return (0.0,) * chunk.fixed_frames + (timestep,) * (chunk.num_frames - chunk.fixed_frames)
 
     @classmethod
-    def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
+    def num_forwards(
+        cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
+    ) -> int | None:
         if grid.total_frames is None:
             return None
         chunks, generated = sum(1 for _ in grid), grid.num_generated_chunks
         context_passes = generated - 1 if config.clean_pass else 0
         branches = 2 if config.do_classifier_free_guidance else 1
-        return branches * (chunks - generated + steps[0] + (generated - 1) * steps[1] + context_passes)
+        written = chunks - generated + context_passes
+        return branches * (steps[0] + (generated - 1) * steps[1] + experts * written)
 
     def reset(self) -> None:
         self._source_latents = self._due = None

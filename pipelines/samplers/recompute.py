@@ -124,7 +124,9 @@ class RecomputeSampler(Sampler):
         return listed
 
     @classmethod
-    def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
+    def num_forwards(
+        cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
+    ) -> int | None:
         if grid.total_frames is None:
             return None
         context_frames = config.sampler_options.get("context_frames", 3)

@@ -112,7 +112,9 @@ class RollingSampler(Sampler):
         self.context.denoiser.cache_context(latents, self._context_window(chunk.frames, 0.0))
 
     @classmethod
-    def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
+    def num_forwards(
+        cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
+    ) -> int | None:
         if grid.total_frames is None:
             return None
         generated = grid.num_generated_chunks

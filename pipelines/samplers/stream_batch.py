@@ -144,9 +144,10 @@ class StreamBatchSampler(Sampler):
     def next_chunk(self, chunk: Chunk) -> torch.Tensor:
         if self._is_first(chunk):
             return self._denoise_first(chunk)
-        if self.context.denoiser.num_lanes != self._num_lanes:
+        lanes = len(self.context.denoiser.lanes)
+        if lanes != self._num_lanes:
             raise ValueError(
-                f"sampler 'stream_batch' has {self.context.denoiser.num_lanes} lanes, one for each denoising step; "
+                f"sampler 'stream_batch' has {lanes} lanes, one for each denoising step; "
                 f"their number cannot change to {self._num_lanes} while a video is made"
             )
         while True:
@@ -195,7 +196,7 @@ class StreamBatchSampler(Sampler):
         scheduler = self._scheduler
         window = Window(self._positions(entry.chunk), (entry.timestep,))
         flow = self.context.denoiser.predict(entry.latents, window, lane)
-        latents = scheduler.predict_original_sample(flow, scheduler.sigma_of(entry.timestep), entry.latents)
+        latents = scheduler.predict_original_sample(flow, scheduler.sigma_at(entry.timestep), entry.latents)
         following, timestep = entry.lane + 1, 0.0
         if following < self._num_lanes:
             timestep = self._timesteps[following]
@@ -245,7 +246,9 @@ class StreamBatchSampler(Sampler):
         return listed
 
     @classmethod
-    def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
+    def num_forwards(
+        cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
+    ) -> int | None:
         if grid.total_frames is None:
             return None
         generated = grid.num_generated_chunks

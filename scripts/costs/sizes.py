@@ -36,8 +36,13 @@ class ModelSizes:
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> ModelSizes:
-        """Read from the configs of a checkpoint in diffusers' layout; ValueError if there is none."""
+        """Read from the configs of a checkpoint in diffusers' layout; ValueError if there is none, or two."""
         folder = Path(folder)
+        if (folder / "transformer_2").is_dir():
+            raise ValueError(
+                f"'{folder}' holds two transformers, and only one is counted and measured here; "
+                "`wan-ar generate --dry-run` counts both"
+            )
         text_encoder = _config(folder, "text_encoder") if (folder / "text_encoder").is_dir() else None
         return cls(folder.name, _config(folder, "transformer"), _config(folder, "vae"), text_encoder, 480, 832)
 

@@ -56,7 +56,7 @@ def weights_folder_of(path: Path, meta: dict[str, Any], kind: ModuleType) -> Pat
     named = meta.get("weights")
     named = named["file"] if isinstance(named, dict) else (named or getattr(kind, "WEIGHTS", "")).split()[0].strip(",")
     beside = [path.parent.parent, path.parent, REPOSITORY_CASES]
-    places = [(folder / named).parent for folder in beside] + [folder / "weights" for folder in beside]
+    places = [(folder / named).parent for folder in beside] + [folder / "weights" for folder in beside] + [path.parent]
     for place in places:
         if (place / Path(named).name).is_file():
             return place

@@ -43,10 +43,11 @@ class NaiveTransformer:
     rope_max_seq_len: int = 1024
     prompts: list[torch.Tensor] = field(default_factory=list)
     """`(batch, text_tokens, text_dim)` each."""
+    seed: int = 0
 
     def __post_init__(self) -> None:
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(self.seed)
             self.stock = WanTransformer3DModel(**SIZES).eval()
         _make_frames_depend_on_each_other(self.stock)
         self.causal = CausalWanTransformer3DModel(**SIZES, rope_max_seq_len=self.rope_max_seq_len).eval()

@@ -108,7 +108,9 @@ def test_dtype(base: Path, expected: dict[str, Weights], tmp_path: Path) -> None
     assert wan_ar(GOLDEN, "--base", base, "--output", tmp_path / "out", "--dtype", "bfloat16") == 0
     from safetensors.torch import load_file
 
-    stored = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    path = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert path.stat().st_mode == path.with_name("config.json").stat().st_mode  # others may read it, too
+    stored = load_file(path)
     model = WanTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer", dtype=torch.bfloat16)
     loaded = model.state_dict()
     for name, tensor in expected["generator_ema"].items():

@@ -96,6 +96,7 @@ def test_every_preset_is_a_recipe_and_nothing_else() -> None:
         "causal_forcing_long",
         "causvid",
         "demo",
+        "fastvideo_a14b",
         "infinity_rope",
         "krea_14b",
         "longlive",

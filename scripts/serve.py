@@ -1,0 +1,135 @@
+"""`wan-ar serve`: a page where a prompt becomes a video that changes while it plays."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan_autoregressive.configs import load_preset, preset_names, resolve_config
+from wan_autoregressive.demo import DEMO
+from wan_autoregressive.scripts.errors import print_note
+from wan_autoregressive.scripts.load_pipeline import check_model_folder, load_pipeline, model_folder
+
+if TYPE_CHECKING:
+    from wan_autoregressive.server.guard import Door
+    from wan_autoregressive.server.live_model import LiveModel
+
+_DESCRIPTION = """\
+Serve a page where you type a prompt and the video plays, changes while it plays, and can be taken back. On 127.0.0.1
+it is open; on any other address visitors need the link that is printed. Needs pip install 'wan-autoregressive[serve]'.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `serve` to the command's subparsers."""
+    parser = subparsers.add_parser("serve", help="serve a page with live video", description=_DESCRIPTION)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="DIR", help="checkpoint folder (default: the demo that comes along)")
+    model.add_argument(
+        "--config", metavar="NAME", help=f"settings of the videos: {', '.join(preset_names())}, or a yaml file"
+    )
+    model.add_argument("--device", help="auto, cpu, cuda, … (default: auto)")
+    model.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
+    place = parser.add_argument_group("address")
+    place.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    place.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    place.add_argument("--token", help="what visitors have to know (default: made, except on 127.0.0.1)")
+    place.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="further name of the server")
+    place.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="page that may use it")
+    place.add_argument("--no-page", action="store_true", help="the API alone")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--slots", type=int, help="viewers at a time (default: as many as the model is fast for)")
+    limits.add_argument("--queue", type=int, default=8, help="viewers that may wait (default: 8)")
+    limits.add_argument("--idle", type=float, default=120.0, help="seconds until a silent viewer goes (default: 120)")
+    limits.add_argument("--max-seconds", type=float, default=600.0, help="video of one session (default: 600)")
+    limits.add_argument("--snapshots", type=int, default=8, help="places kept in memory to go back to (default: 8)")
+    limits.add_argument("--state", type=Path, metavar="DIR", help="keep videos there, also after a restart")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes.
+
+    Raises:
+        ValueError: the model or a flag is wrong, or the extra is not installed.
+        OSError: the address is taken, or the state folder cannot be written.
+    """
+    _check(args)
+    try:
+        import uvicorn
+
+        from wan_autoregressive.server.app import build_app
+        from wan_autoregressive.server.engine import Engine, EngineLimits
+        from wan_autoregressive.server.guard import Door
+        from wan_autoregressive.server.messages import MAX_MESSAGE_BYTES
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing; pip install 'wan-autoregressive[serve]'") from error
+
+    door = Door(args.host, args.token, tuple(args.allow_host), tuple(args.allow_origin))
+    settings = uvicorn.Config(
+        "",
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        access_log=False,  # paths hold tokens
+        server_header=False,
+        limit_concurrency=200,
+        timeout_graceful_shutdown=5,
+        ws_max_size=MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,
+    )
+    with ExitStack() as stack:
+        listening = stack.enter_context(_listen(args.host, args.port))
+        model = _load(args)
+        chunk_s, step_s = model.measure()
+        slots = args.slots or max(1, int(chunk_s / step_s))
+        folder = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-ar-serve-")))
+        limits = EngineLimits(slots, args.queue, args.max_seconds, args.snapshots)
+        engine = Engine(model, folder, limits, cost_s=step_s)
+        settings.app = build_app(engine, door, args.idle, page=not args.no_page)
+        print_note(f"a chunk of {chunk_s:.2f} s takes {step_s:.2f} s; viewers at a time: {slots}")
+        print(_link(args.host, listening.getsockname()[1], door), flush=True)
+        uvicorn.Server(settings).run(sockets=[listening])
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("slots", 1), ("queue", 0), ("idle", 1), ("max_seconds", 1), ("snapshots", 1), ("port", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value:g}")
+    if args.port > 65535:
+        raise ValueError(f"--port must be at most 65535, got {args.port}")
+    if args.token is not None and len(args.token) < 8:
+        raise ValueError("--token must have at least 8 characters; leave it out and one is made")
+
+
+def _load(args: argparse.Namespace) -> LiveModel:
+    from wan_autoregressive.server.live_model import LiveModel
+
+    flags = {name: getattr(args, name) for name in ("model", "device", "dtype") if getattr(args, name) is not None}
+    file = {} if args.config is None else load_preset(args.config)
+    demo = str(flags.get("model", file.get("model")) or DEMO) == DEMO
+    config = resolve_config(load_preset(DEMO) if demo else {}, file, flags)
+    if config.rollout.window_frames is None:
+        raise ValueError("a live video has no end; set window_frames in --config")
+    check_model_folder(model_folder(config))
+    pipe = load_pipeline(config)
+    return LiveModel(pipe, config.rollout_settings(), config.fps, config.scale, model_folder(config).name)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The address is ours, or known to be taken, before the model is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def _link(host: str, port: int, door: Door) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/" + ("" if door.token is None else f"?token={door.token}")

@@ -1,0 +1,64 @@
+"""A loaded pipeline with the settings that every live video has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive.pipelines.rollout import WanRollout
+
+_WARM_UP_STEPS = 3
+_OWN_SETTINGS = ("num_frames", "output_type", "strength")
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """What rollouts are begun with.
+
+    Args:
+        pipe: Its own from now on; only one thread may use it.
+        settings: Fields of a `RolloutConfig`; length and output type are the server's.
+        fps: Frames per second that the model was trained for.
+        scale: How often every pixel is repeated in the video.
+        name: For the reader.
+    """
+
+    pipe: WanAutoregressivePipeline
+    settings: dict[str, Any]
+    fps: float = 16.0
+    scale: int = 1
+    name: str = ""
+
+    @property
+    def height(self) -> int:
+        """Pixels that the model makes."""
+        return int(self.settings["height"])
+
+    @property
+    def width(self) -> int:
+        return int(self.settings["width"])
+
+    def start(self, prompt: str, seed: int, image: Any = None) -> WanRollout:
+        """Begin an endless video."""
+        settings = {name: value for name, value in self.settings.items() if name not in _OWN_SETTINGS}
+        given = {} if image is None else {"image": image}
+        generator = torch.Generator().manual_seed(seed)
+        return self.pipe.rollout(prompt, generator=generator, output_type="uint8", **given, **settings)
+
+    def resume(self, folder: Path) -> WanRollout:
+        """Go on with a saved one; `ValueError` if it was made by another model."""
+        return self.pipe.resume(folder)
+
+    def measure(self) -> tuple[float, float]:
+        """Run a few steps, so that no visitor waits for the first: seconds of video in a chunk, seconds to make it."""
+        rollout = self.start("a red circle moving right on a navy background", 0)
+        for _ in range(_WARM_UP_STEPS):
+            started = time.perf_counter()
+            frames = rollout.step().frames.shape[1]
+            took = time.perf_counter() - started
+        return frames / self.fps, took

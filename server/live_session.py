@@ -1,0 +1,104 @@
+"""A viewer and a video: what the engine has to know to decide who is next, and what may be dropped."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from wan_autoregressive.server.live_video import LiveVideo, MadeChunk
+from wan_autoregressive.server.messages import ChangePrompt, Error, Fork, ServerMessage
+from wan_autoregressive.server.timeline import TimelineChunk
+
+Emit = Callable[[ServerMessage, bytes | None], None]
+"""Takes a message to the viewer, with the mp4 of a chunk; called from any thread, and never waits."""
+
+_MOST_COMMANDS = 16
+_COST_SHARE = 0.3  # of the newest chunk in the moving average
+
+
+def nobody(message: ServerMessage, body: bytes | None) -> None:
+    """The viewer has left."""
+
+
+class LiveSession:
+    """Guarded by the engine's lock.
+
+    Args:
+        cost_s: Seconds from a command to a chunk on its way, until some have been measured.
+    """
+
+    def __init__(self, key: str, video: LiveVideo, emit: Emit, ahead: int, cost_s: float) -> None:
+        self.id, self.video, self.emit, self.ahead, self.cost_s = key, video, emit, ahead, cost_s
+        self.state: Literal["waiting", "active", "parking", "gone"] = "waiting"
+        self.commands: deque[ChangePrompt | Fork] = deque(maxlen=_MOST_COMMANDS)
+        self.to_encode: deque[MadeChunk] = deque()
+        self.encoding = False
+        self.paused = self.told_of_limit = False
+        self.unsent = 0
+        """Chunks that no socket has taken yet."""
+        self.made = self.played = len(video.timeline.branch_path()) - 1
+        """Index of the newest chunk, and of the newest that the viewer has reached."""
+        self.served = time.monotonic()
+
+    @property
+    def lead(self) -> int:
+        """Chunks in front of the viewer."""
+        return self.made - self.played
+
+    @property
+    def wants_chunk(self) -> bool:
+        """Whether there is room for one: neither far ahead of the viewer nor of what the socket takes."""
+        return not self.paused and self.lead < self.ahead and self.unsent < self.ahead and not self.told_of_limit
+
+    @property
+    def urgency(self) -> tuple[int, float]:
+        """Least first: who runs dry next, and whoever waited longest. A command is worth an empty buffer."""
+        return (0 if self.commands else self.lead, self.served)
+
+    def attach(self, emit: Emit, ahead: int) -> None:
+        """A viewer comes who has, or can fetch, all that is made."""
+        self.emit, self.ahead = emit, ahead
+        self.played, self.unsent, self.paused = self.made, 0, False
+
+    def take(self, command: ChangePrompt | Fork) -> None:
+        """Line a command up; of prompts in a row only the last counts."""
+        if isinstance(command, ChangePrompt) and self.commands and isinstance(self.commands[-1], ChangePrompt):
+            self.commands.pop()
+        self.commands.append(command)
+
+    def mark_played(self, chunk: int) -> None:
+        """The viewer says so; what is not part of the present video counts for nothing."""
+        with self.video.lock:
+            path = self.video.timeline.branch_path()
+        index = next((part.index for part in path if part.id == chunk), -1)
+        self.played = max(self.played, index)
+
+    def stand_after(self, path: list[TimelineChunk]) -> None:
+        """The video now ends with this path."""
+        self.made = len(path) - 1
+        self.played = min(self.played, self.made)
+
+    def measured(self, seconds: float) -> None:
+        """A chunk took so long from the start of its step to its way out."""
+        self.cost_s += _COST_SHARE * (seconds - self.cost_s)
+
+    def fail(self, code: str, message: str) -> None:
+        self.emit(Error(code=code, message=message), None)
+
+
+def cut_point(path: list[TimelineChunk], played: int, frame: float | None) -> int | None:
+    """The chunk after which a new prompt sets in: the first that ends after `frame`, never before what is on screen.
+
+    Args:
+        path: The video.
+        played: Index of the chunk that the viewer has reached, -1 for none.
+        frame: Pixel frame that the viewer will be at when a new chunk can be there; None keeps all that is made.
+    """
+    if not path:
+        return None
+    due = len(path) - 1
+    if frame is not None:
+        due = next((part.index for part in path if part.stop_frame > frame), due)
+    return path[max(due, played, 0)].id
