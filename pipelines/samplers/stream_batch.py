@@ -91,6 +91,11 @@ class StreamBatchSampler(Sampler):
                 f"sampler 'stream_batch' keeps a past of its own for each step, which switch_policy "
                 f"{config.switch_policy!r} cannot change; use {' or '.join(map(repr, POLICIES_WITHOUT_A_PAST))}"
             )
+        if config.strength is not None and config.strength <= 0.2:
+            raise ValueError(
+                f"strength is {config.strength}; sampler 'stream_batch' tells the model up to 200 timesteps less than "
+                "1000 x strength, so it must be above 0.2"
+            )
         restart = config.sampler_options.get("restart_positions")
         if restart is None:
             return
@@ -188,7 +193,7 @@ class StreamBatchSampler(Sampler):
         if read is not None:
             latents = read.noise_rate * latents + (1 - read.noise_rate) * read.latents
             if not self._is_first(chunk):
-                timestep = float(int(1000 * read.noise_rate) - 100)  # told less noise than there is, as it was tuned
+                timestep = float(int(1000 * read.noise_rate) - 100)  # the original tells less noise than there is
         return ChunkInLane(chunk, latents, timestep)
 
     def _stepped(self, entry: ChunkInLane, lane: int) -> ChunkInLane:

@@ -284,6 +284,7 @@ def test_motion_lowers_the_noise(pipe):
         ({"clean_pass": False}, "leave out first_chunk_steps, clean_pass and context_noise"),
         ({"context_noise": 20.0}, "leave out first_chunk_steps, clean_pass and context_noise"),
         ({"switch_policy": "recache"}, "use 'cross_attention' or 'blend'"),
+        ({"strength": 0.2, "video": np.zeros((5, 32, 32, 3))}, "strength is 0.2; .* above 0.2"),
         ({"solver": "unipc"}, "works with solver 'renoise'"),
         ({"given_in_chunk": True}, "given_in_chunk does not work"),
         ({"sampler_options": {"restart_positions": 7}}, "restart_positions is 7.* at least 8"),
