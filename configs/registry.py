@@ -63,6 +63,7 @@ SAMPLERS = Registry(
         "rolling": f"{_SAMPLERS}.rolling:RollingSampler",
         "memory_bank": f"{_SAMPLERS}.memory_bank:MemoryBankSampler",
         "recompute": f"{_SAMPLERS}.recompute:RecomputeSampler",
+        "stream_batch": f"{_SAMPLERS}.stream_batch:StreamBatchSampler",
     },
 )
 

@@ -97,7 +97,7 @@ class RolloutConfig:
     """In which order frames are denoised: `chunkwise` finishes one chunk after the other (Self-Forcing, LongLive),
     `memory_bank` does so with frames of the whole video in view that have to do with the prompt (MemFlow), `rolling`
     denoises a window of chunks at rising noise (Rolling Forcing), `recompute` makes the past anew for every chunk
-    (Krea Realtime). See `docs/SAMPLERS.md`."""
+    (Krea Realtime), `stream_batch` has a cache for each denoising step (StreamDiffusionV2). See `docs/SAMPLERS.md`."""
     sampler_options: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of that sampler alone, by name."""
     solver: str = "renoise"

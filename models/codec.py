@@ -58,6 +58,9 @@ class VideoCodec(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """A whole video at once, see [`ChunkDecoder.decode`]."""
 
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents on the transformer's scale as they are on the VAE's."""
+
     def state_bytes(self, batch_size: int, height: int, width: int) -> int:
         """Bytes that a decoder will hold for videos of `height` x `width` pixels, without running anything."""
 

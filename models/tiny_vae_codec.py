@@ -60,6 +60,9 @@ class TinyVaeCodec:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(_to_vae(self.vae, latents), return_dict=False)[0]
 
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        return denormalize_latents(self.vae, latents)
+
     def state_bytes(self, batch_size: int, height: int, width: int) -> int:
         return tiny_vae_state_bytes(self.vae, batch_size, height, width, self.vae.dtype)
 

@@ -55,6 +55,9 @@ class WanVaeCodec:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(denormalize_latents(self.vae, latents.to(self.vae.dtype)), return_dict=False)[0]
 
+    def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
+        return denormalize_latents(self.vae, latents)
+
     def state_bytes(self, batch_size: int, height: int, width: int) -> int:
         return vae_state_bytes(self.vae, batch_size, height, width, self.vae.dtype)
 

@@ -237,14 +237,19 @@ class Denoiser:
             )
             for transformer in components.transformers
         ]
+        self._later_lanes: list[Expert] = []
+        """Copies of the only expert, which is lane 0, with caches that go their own ways."""
 
-    def predict(self, latents: torch.Tensor, window: Window) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, window: Window, lane: int = 0) -> torch.Tensor:
         """The guided flow, shaped as `latents` `(batch, channels, frames, height, width)`.
 
         Of two experts the frame with the most noise decides.
+
+        Args:
+            lane (`int`): Whose caches are used, see `split_lanes`.
         """
         is_low = self.boundary is not None and max(window.timesteps) < self.boundary
-        expert, flows = self._in_use(1 if is_low else 0), []
+        expert, flows = self._later_lanes[lane - 1] if lane else self._in_use(1 if is_low else 0), []
         for branch, embeds in enumerate(self._embeds):
             flow = expert.forward(latents, window, branch, embeds)
             assert flow is not None
@@ -270,6 +275,18 @@ class Denoiser:
         for expert in self._all_in_turn():
             expert.rewrite(latents, window, 0, self.prompt.embeds, keep_sink)
 
+    def split_lanes(self, count: int) -> None:
+        """Copy the caches, so that there are `count` lanes with the same past. Afterwards they share only the prompt.
+
+        For a single expert. What writes a context, or changes one, does so in every lane.
+        """
+        self._later_lanes = [self.experts[0].fork() for _ in range(count - 1)]
+
+    @property
+    def lanes(self) -> list[Expert]:
+        """Lane 0 is the expert itself."""
+        return [self.experts[0], *self._later_lanes]
+
     def set_prompt(self, prompt: PromptState) -> None:
         """Use another prompt from the next forward on, without touching the caches."""
         self.prompt = prompt
@@ -277,7 +294,7 @@ class Denoiser:
     def keep_newest(self, num_frames: int) -> None:
         """Forget all but the sink and the newest frames, under every prompt. A newest chunk that stays whole can still
         be overwritten."""
-        for expert in self.experts:
+        for expert in self._all:
             expert.keep_newest(num_frames * self._tokens_per_frame)
 
     def pin_newest(self, name: str, num_frames: int) -> None:
@@ -304,47 +321,50 @@ class Denoiser:
 
     def notice_adapters(self) -> None:
         """Drop what was computed under other LoRA adapters than the present ones, but for keys and values."""
-        for expert in self.experts:
+        for expert in self._all:
             expert.conditions.notice_adapters(expert.transformer)
 
     def reset(self) -> None:
         """Forget the video, but not the prompt."""
-        for expert in self.experts:
+        self._later_lanes = []
+        for expert in self._all:
             expert.reset()
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "prompt": self.prompt,
             "negative_prompt_embeds": self.negative_prompt_embeds,
-            "experts": [expert.state_dict() for expert in self.experts],
+            "experts": [expert.state_dict() for expert in self._all],
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.prompt = state["prompt"]
         self.negative_prompt_embeds = state["negative_prompt_embeds"]
-        for expert, saved in zip(self.experts, state["experts"], strict=True):
+        self.split_lanes(len(state["experts"]) - len(self.experts) + 1)
+        for expert, saved in zip(self._all, state["experts"], strict=True):
             expert.load_state_dict(saved, device)
 
     def fork(self) -> "Denoiser":
         """A copy with caches of its own; prompts and models are shared."""
         twin = copy.copy(self)
         twin.experts = [expert.fork() for expert in self.experts]
+        twin._later_lanes = [expert.fork() for expert in self._later_lanes]
         return twin
 
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(expert.nbytes for expert in self.experts)
+        return sum(expert.nbytes for expert in self._all)
 
     @property
     def input_bytes(self) -> int:
         """Bytes of what forwards read beside weights, keys and values: latents, time, rotary tables, slot numbers."""
-        return sum(expert.input_bytes for expert in self.experts)
+        return sum(expert.input_bytes for expert in self._all)
 
     @property
     def text_kv_bytes(self) -> int:
         """Bytes of the prompts' keys and values."""
-        return sum(expert.conditions.text_kv_bytes for expert in self.experts)
+        return sum(expert.conditions.text_kv_bytes for expert in self._all)
 
     def _in_use(self, index: int) -> Expert:
         """An expert that is about to run; model offload has no other one on the device meanwhile."""
@@ -353,9 +373,15 @@ class Denoiser:
         return self.experts[index]
 
     def _all_in_turn(self) -> Iterator[Expert]:
-        """Every expert, the last one first: it made the last step, and the first one makes the next."""
+        """Every expert, the last one first: it made the last step, and the first one makes the next. Then lanes."""
         for index in reversed(range(len(self.experts))):
             yield self._in_use(index)
+        yield from self._later_lanes
+
+    @property
+    def _all(self) -> list[Expert]:
+        """Experts and lanes, each with caches of its own."""
+        return [*self.experts, *self._later_lanes]
 
     @property
     def _embeds(self) -> list[torch.Tensor]:
@@ -367,4 +393,4 @@ class Denoiser:
 
     @property
     def _caches(self) -> list[WanKVCache]:
-        return [cache for expert in self.experts for cache in expert.caches]
+        return [cache for expert in self._all for cache in expert.caches]

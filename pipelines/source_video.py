@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,16 @@ from wan_autoregressive.pipelines.prompts import expand_to_batch
 
 class SourceEndedError(RuntimeError):
     """The source video has no frames left for another chunk."""
+
+
+@dataclass(frozen=True)
+class SourceFrames:
+    """Frames of a source that belong together."""
+
+    latents: torch.Tensor
+    """`(batch, channels, frames, height, width)`."""
+    pixels: torch.Tensor
+    """In [-1, 1], `(videos, 3, pixel frames, height, width)`; one video may stand for the whole batch."""
 
 
 class SourceVideo:
@@ -40,6 +51,17 @@ class SourceVideo:
         Raises:
             SourceEndedError: not even one latent frame is left.
         """
+        return self.next_frames(num_frames).latents
+
+    def next_frames(self, num_frames: int, normalized: bool = True) -> SourceFrames:
+        """The next latents, up to `num_frames`, with the pixels that they stand for.
+
+        Args:
+            normalized (`bool`): Give latents on the transformer's scale instead of the VAE's.
+
+        Raises:
+            SourceEndedError: not even one latent frame is left.
+        """
         factor = self._components.geometry.scale_factor_temporal
         first = self._encoder.latent_frames_done == 0
         wanted = num_frames * factor - (factor - 1 if first else 0)
@@ -52,4 +74,7 @@ class SourceVideo:
             clip = np.stack([np.asarray(frame) for frame in clip])
         video = self._components.preprocess_pixels(clip, **self._size)
         latents = self._encoder.encode(video).to(self._components.device)
-        return expand_to_batch(latents, self._batch_size, "video")
+        if not normalized:
+            assert self._components.codec is not None
+            latents = self._components.codec.denormalize(latents)
+        return SourceFrames(expand_to_batch(latents, self._batch_size, "video"), video)

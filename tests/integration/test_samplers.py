@@ -25,6 +25,7 @@ SAMPLERS = {
     },
     "recompute": {**RECOMPUTE, "denoising_steps": (1000, 500, 0)},
     "recompute, first frame kept": {**RECOMPUTE, "sampler_options": {"keep_first_frame": True}},
+    "stream_batch": {**SIZE, "sampler": "stream_batch", "window_frames": 5, "switch_policy": "cross_attention"},
 }
 
 each_sampler = pytest.mark.parametrize("settings", SAMPLERS.values(), ids=SAMPLERS.keys())

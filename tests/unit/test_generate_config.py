@@ -107,6 +107,7 @@ def test_every_preset_is_a_recipe_and_nothing_else() -> None:
         "reward_forcing",
         "rolling_forcing",
         "self_forcing",
+        "streamdiffusion_v2",
     ]
     for name in preset_names():
         preset = load_preset(name)
