@@ -90,8 +90,10 @@ class MemoryBankSampler(ChunkwiseSampler):
         return super().next_chunk(chunk)
 
     @classmethod
-    def num_forwards(cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int]) -> int | None:
-        forwards = super().num_forwards(config, grid, steps)
+    def num_forwards(
+        cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
+    ) -> int | None:
+        forwards = super().num_forwards(config, grid, steps, experts)
         given = sum(1 for _ in itertools.takewhile(lambda chunk: chunk.given, grid))
         if forwards is None or _bank_length(given, _options(config)["bank_interval"]) <= config.memory_bank_frames:
             return forwards

@@ -29,8 +29,9 @@ def test_is_small_and_fits_the_full_vae(full, tiny):
     assert tiny.config.latent_space == "normalised"
 
 
+@pytest.mark.slow
 def test_pictures_are_close_to_those_of_the_full_vae(full, tiny):
-    figures = train_tiny_vae.measure(full, tiny, sheet=None, count=4)
+    figures = train_tiny_vae.measure(full, tiny, sheet=None)  # as many clips as in the command
     assert figures["tiny decode against full decode, dB"] > 30
     assert figures["the same on generated latents, dB"] > 30
     assert figures["tiny encode, full decode against true frames, dB"] > 25
@@ -53,6 +54,7 @@ def test_the_whole_checkpoint_still_loads_and_takes_the_tiny_vae(tiny):
     torch.testing.assert_close(frames, expected.clamp(0, 1), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_scores_of_generated_videos_hold_up(full, tiny):
     scenes = world.spread(world.held_out_scenes(), 6)
     latents = train_tiny_vae.generate_for(scenes)
