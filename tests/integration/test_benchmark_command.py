@@ -31,6 +31,7 @@ def test_costs_are_those_of_a_real_rollout(changes):
                 assert getattr(counted[stage], name) == figure, (index, stage, name)
 
 
+@pytest.mark.slow
 def test_the_report_has_all_its_parts(tmp_path, capsys):
     path = tmp_path / "report.json"
     assert main(["benchmark", "--layers", "2", "--steps", "2", "--chunks", "14", "--json", str(path)]) == 0

@@ -84,6 +84,7 @@ def test_compiled_blocks_settle_on_a_few_graphs(position_mode, kv_dtype):
     assert len(set.union(*graphs_of_block.values())) == 4
 
 
+@pytest.mark.slow
 def test_the_whole_model_compiles_without_a_break():
     torch._dynamo.reset()
     model = tiny_model()
@@ -100,6 +101,7 @@ def test_the_whole_model_compiles_without_a_break():
     assert 0 < len(graphs) <= 7
 
 
+@pytest.mark.slow
 def test_inductor_makes_the_same_video():
     """Real kernels: the blocks of a tiny model over a rollout with eviction and a prompt switch."""
     torch._dynamo.reset()

@@ -318,6 +318,7 @@ def test_an_iterator_may_be_collected_in_the_other_thread(pipe):
     assert reports == []
 
 
+@pytest.mark.slow
 def test_a_program_may_end_with_an_open_iterator(tiny_checkpoint):
     code = (
         "import sys, torch; from wan_autoregressive import WanAutoregressivePipeline\n"

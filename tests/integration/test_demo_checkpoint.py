@@ -43,6 +43,7 @@ def test_is_right_on_prompts_held_out_from_training(right):
     assert right["intact_at_end"] >= 0.95
 
 
+@pytest.mark.slow
 def test_int8_keys_and_values_reach_the_same_scores(demo_pipe, right):
     """The window is full after 4 of the 6 chunks."""
     int8 = figures(demo_pipe, kv_dtype="int8")
@@ -106,6 +107,7 @@ def overall(values: dict[str, float]) -> float:
     return values["overlap"] * values["direction"] * values["color"] * values["background"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake", [no_clean_pass, append_and_overwrite_swapped, forget_the_past, wrong_frame_offset, wrong_timestep]
 )

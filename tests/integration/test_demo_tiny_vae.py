@@ -78,6 +78,7 @@ def errors(vae, lessons) -> tuple[float, float]:
     return frames.abs().mean().item(), latents.square().mean().item()
 
 
+@pytest.mark.slow
 def test_training_runs_and_learns(full, tmp_path):
     phases = (train_tiny_vae.Phase(100, 3e-3, frames=5, clips=8), train_tiny_vae.Phase(5, 1e-3, frames=9, clips=8))
     settings = train_tiny_vae.TinyVaeSettings(encoder_width=8, decoder_widths=(16, 12, 8), blocks=1, phases=phases)

@@ -3,6 +3,7 @@
 import json
 import socket
 
+import pytest
 from live_server import ServerProcess
 from websockets.sync.client import connect
 
@@ -28,6 +29,7 @@ def watch(port: int, count: int, **start) -> tuple[str, dict[int, bytes]]:
     return session, chunks
 
 
+@pytest.mark.slow
 def test_a_video_goes_on_after_a_restart_to_the_bit(tmp_path):
     words = ("--state", str(tmp_path / "state"))
     server = ServerProcess(*words, log=tmp_path / "first.log")
