@@ -29,7 +29,10 @@ from wan_autoregressive.scripts.interrupts import SoftStop
 from wan_autoregressive.scripts.output_files import OutputFiles
 from wan_autoregressive.scripts.run_report import STAGES, RunTimes, write_chunk
 
-_OURS = re.compile(r"state\.json|state-[0-9a-f]{16}\.safetensors|\.state-\d+\..*\.part|segment-\d+(\.part)?\.mp4")
+# The last one is what safetensors writes to before it renames: it stays behind where a save was killed.
+_OURS = re.compile(
+    r"state\.json|state-[0-9a-f]{16}\.safetensors|\.state-\d+\..*\.part|segment-\d+(\.part)?\.mp4|\.tmp[A-Za-z0-9]{6}"
+)
 
 
 @dataclass(frozen=True)

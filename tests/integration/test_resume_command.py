@@ -54,6 +54,13 @@ def test_killed_again_and_again(tiny_checkpoint: Path, uninterrupted: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.mp4"]
 
 
+def test_what_a_killed_save_leaves_is_removed(tiny_checkpoint: Path, unfinished: Path) -> None:
+    for name in (".tmpa1B2c3", ".state-77.json.part", "segment-000009.part.mp4"):
+        (unfinished / "x.resume" / name).write_bytes(b"half")
+    assert cli.main(words(tiny_checkpoint, unfinished / "x.mp4", "--resume")) == 0
+    assert sorted(path.name for path in unfinished.iterdir()) == ["x.json", "x.mp4"]
+
+
 def test_sigterm_stops_after_the_chunk_and_says_how_to_go_on(
     tiny_checkpoint: Path, uninterrupted: Path, tmp_path: Path, capfd
 ) -> None:
