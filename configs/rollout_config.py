@@ -223,6 +223,11 @@ class RolloutConfig:
     def do_classifier_free_guidance(self) -> bool:
         return self.guidance_scale > 1.0
 
+    @property
+    def num_branches(self) -> int:
+        """Forwards of every step: under the prompt, and with guidance under the negative one."""
+        return 2 if self.do_classifier_free_guidance else 1
+
     def num_source_steps(self, num_steps: int) -> int:
         """Of `num_steps` denoising steps, the last ones that are made on a noised source video, at least 1."""
         return num_steps if self.strength is None else max(1, min(num_steps, round(num_steps * self.strength)))

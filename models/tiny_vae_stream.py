@@ -13,13 +13,20 @@ Gradients flow within one call and not into the calls before it; wrap calls in `
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any, TypeVar
 
 import torch
 from diffusers.models.autoencoders.vae import IdentityDistribution
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from wan_autoregressive.models.stream_state import (
+    check_tensors,
+    copied_to,
+    pack_meta,
+    read_meta,
+    through_json,
+    wait_for_copies,
+)
 from wan_autoregressive.models.tiny_vae import (
     AutoencoderTinyWan,
     check_latents,
@@ -85,8 +92,8 @@ class _TinyVaeStream:
             The held tensors under `memory.<layer>` (do not write into them) and `meta`, a small JSON text as a uint8
             tensor on the CPU.
         """
-        if self.parking_device is not None and (device := get_module_execution_device(self.vae)).type == "cuda":
-            torch.cuda.synchronize(device)  # the copies to the CPU may still be under way
+        if self.parking_device is not None:
+            wait_for_copies(self.vae)
         state = {f"memory.{name}": tensor.contiguous() for name, tensor in self._memory.items()}
         meta = {
             "kind": self._kind,
@@ -96,7 +103,7 @@ class _TinyVaeStream:
             "finished": self._finished,
             "tensors": sorted(state),
         }
-        return state | {"meta": torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)}
+        return state | {"meta": pack_meta(meta)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
         """Replace this stream's state by one that `state_dict` gave.
@@ -110,21 +117,18 @@ class _TinyVaeStream:
             ValueError: `state` is not a whole state of this kind of stream for this model. The stream is unchanged
                 then.
         """
-        meta = _read_meta(state)
+        meta = read_meta(state, _META_KEYS, of="tiny VAE stream")
         if meta["kind"] != self._kind:
             raise ValueError(f"this is the state of a {meta['kind']}, not of a {self._kind}")
         if meta["vae"] != self._architecture():
             raise ValueError(f"this state is of another tiny VAE: {meta['vae']} instead of {self._architecture()}")
-        different = set(state) ^ {"meta", *meta["tensors"]}
-        if different:
-            raise ValueError(f"tensors missing from or unknown to this state: {', '.join(sorted(different)[:4])}")
+        check_tensors(state, meta["tensors"])
         device = self.parking_device or device or get_module_execution_device(self.vae)
         memory = {name.removeprefix("memory."): state[name].to(device) for name in meta["tensors"]}
         self._commit(memory, meta["layout"], meta["steps_done"], meta["finished"])
 
     def _architecture(self) -> dict[str, Any]:
-        # Through JSON, as a stored state went: tuples become lists.
-        return json.loads(json.dumps({key: self.vae.config[key] for key in _CONFIG_KEYS}))
+        return through_json({key: self.vae.config[key] for key in _CONFIG_KEYS})
 
     def _begin(self, x: torch.Tensor) -> tuple[dict[str, Any], Memory]:
         """Check `x` against the stream; give its layout and the memory to go on from, on the device of `x`."""
@@ -252,20 +256,4 @@ class TinyVaeEncoder(_TinyVaeStream):
 
 
 def _copied(memory: Memory, device: torch.device) -> Memory:
-    """Copies of the tensors on `device`; those between the CPU and CUDA may still be under way."""
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        # To the CPU, `non_blocking` takes pinned memory on CUDA; on other devices the copy could be read too early.
-        return tensor.to(device, non_blocking="cuda" in (tensor.device.type, device.type), copy=True)
-
-    return {name: copied(tensor) for name, tensor in memory.items()}
-
-
-def _read_meta(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    try:
-        meta = json.loads(bytes(state["meta"].tolist()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("not the state of a tiny VAE stream: it has no readable 'meta' entry") from error
-    if not isinstance(meta, dict) or set(meta) != _META_KEYS:
-        raise ValueError(f"not the state of a tiny VAE stream: 'meta' must hold {', '.join(sorted(_META_KEYS))}")
-    return meta
+    return {name: copied_to(tensor, device) for name, tensor in memory.items()}

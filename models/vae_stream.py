@@ -8,13 +8,21 @@ This module knows nothing of how a step is computed.
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d
 from diffusers.utils.torch_utils import get_module_execution_device
+
+from wan_autoregressive.models.stream_state import (
+    check_tensors,
+    copied_to,
+    pack_meta,
+    read_meta,
+    through_json,
+    wait_for_copies,
+)
 
 # What upstream keeps per causal convolution: nothing yet, the last frames of its input (at most two), or the marker
 # "Rep" (the first frame has passed through a temporal upsampler and has no predecessor to interpolate with).
@@ -127,8 +135,8 @@ class VaeStream:
             The cached tensors under `lane.<i>.slot.<j>` (the ones held, copied only where they are not contiguous; do
             not write into them) and `meta`, a small JSON text as a uint8 tensor on the CPU.
         """
-        if self.parking_device is not None and (device := get_module_execution_device(self.vae)).type == "cuda":
-            torch.cuda.synchronize(device)  # the copies to the CPU may still be under way
+        if self.parking_device is not None:
+            wait_for_copies(self.vae)
         state, markers = {}, {}
         for i, lane in enumerate(self._lanes):
             for j, entry in enumerate(lane):
@@ -145,7 +153,7 @@ class VaeStream:
             "tensors": sorted(state),
             "markers": markers,
         }
-        state["meta"] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+        state["meta"] = pack_meta(meta)
         return state
 
     def load_state_dict(self, state: dict[str, torch.Tensor], device: torch.device | str | None = None) -> None:
@@ -159,14 +167,12 @@ class VaeStream:
         Raises:
             ValueError: `state` is not a whole state of this kind of stream for this VAE. The stream is unchanged then.
         """
-        meta = _read_meta(state)
+        meta = read_meta(state, _META_KEYS, of="VAE stream")
         if meta["kind"] != self._kind:
             raise ValueError(f"this is the state of a VAE {meta['kind']}, not of a VAE {self._kind}")
         if meta["vae"] != self._fingerprint():
             raise ValueError(f"this state is of another VAE: {meta['vae']} instead of {self._fingerprint()}")
-        different = set(state) ^ {"meta", *meta["tensors"]}
-        if different:
-            raise ValueError(f"tensors missing from or unknown to this state: {', '.join(sorted(different)[:4])}")
+        check_tensors(state, meta["tensors"])
         device = self.parking_device or device or get_module_execution_device(self.vae)
         lanes: list[FeatureCache] = [list(self._empty) for _ in range(meta["lanes"])]
         tensors = {name: state[name].to(device) for name in meta["tensors"]}
@@ -180,8 +186,7 @@ class VaeStream:
 
     def _fingerprint(self) -> dict[str, Any]:
         config = {key: self.vae.config[key] for key in _CONFIG_KEYS}
-        # Through JSON, as a stored state went: tuples become lists.
-        return json.loads(json.dumps(config | {"slots": len(self._empty)}))
+        return through_json(config | {"slots": len(self._empty)})
 
     def _begin(self, x: torch.Tensor, tiles: int) -> tuple[_Layout, list[FeatureCache]]:
         """Check x, cut into so many tiles, against the stream; hand out caches to work on, which `_commit` keeps."""
@@ -205,20 +210,5 @@ class VaeStream:
 
 
 def _copied(lane: FeatureCache, device: torch.device) -> FeatureCache:
-    """The cache with copies of its tensors on `device`; one between the CPU and CUDA may still be under way."""
-
-    def copied(entry: torch.Tensor) -> torch.Tensor:
-        # To the CPU, `non_blocking` takes pinned memory on CUDA; on other devices the copy could be read too early.
-        return entry.to(device, non_blocking="cuda" in (entry.device.type, device.type), copy=True)
-
-    return [copied(entry) if isinstance(entry, torch.Tensor) else entry for entry in lane]
-
-
-def _read_meta(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    try:
-        meta = json.loads(bytes(state["meta"].tolist()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("not the state of a VAE stream: it has no readable 'meta' entry") from error
-    if not isinstance(meta, dict) or set(meta) != _META_KEYS:
-        raise ValueError(f"not the state of a VAE stream: 'meta' must hold {', '.join(sorted(_META_KEYS))}")
-    return meta
+    """The cache with copies of its tensors on `device`."""
+    return [copied_to(entry, device) if isinstance(entry, torch.Tensor) else entry for entry in lane]

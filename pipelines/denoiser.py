@@ -226,13 +226,12 @@ class Denoiser:
         self.negative_prompt_embeds = negative_prompt_embeds
         self.guidance_scale = config.guidance_scale
         self._tokens_per_frame = components.tokens_per_frame(config)
-        branches = 2 if config.do_classifier_free_guidance else 1
         self.boundary = components.boundary
         """Timestep from which the first of two experts denoises; `None` with one."""
         self.experts = [
             Expert(
                 transformer,
-                [components.new_kv_cache(config, total_frames) for _ in range(branches)],
+                [components.new_kv_cache(config, total_frames) for _ in range(config.num_branches)],
                 attention_kwargs or {},
             )
             for transformer in components.transformers

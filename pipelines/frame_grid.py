@@ -1,5 +1,6 @@
 """How a video is cut into chunks, in latent frames. Pure integers."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,6 +74,11 @@ class FrameGrid:
         if self.total_frames is None:
             raise ValueError("a video without end has no number of chunks")
         return sum(not chunk.given for chunk in self)
+
+    @property
+    def num_given_chunks(self) -> int:
+        """Chunks of given frames alone, with which the video starts."""
+        return sum(1 for _ in itertools.takewhile(lambda chunk: chunk.given, self))
 
 
 def latent_frames_of(num_frames: int, scale_factor_temporal: int) -> int:

@@ -75,13 +75,11 @@ class WanRollout:
         schedulers: Schedulers | None = None,
     ) -> None:
         self.components = components
-        self.config = config
         self.given_latents = given_latents
         self.source = source
         self.batch_size = prompt.embeds.shape[0]
         self.device = components.device
         self.grid = components.frame_grid(config, 0 if given_latents is None else given_latents.shape[2])
-        self.schedulers = schedulers or components.schedulers(config)
         self.on_progress: Callable[[], Any] | None = None
         """Called after every denoising step."""
         self._on_step_end = on_step_end
@@ -102,7 +100,7 @@ class WanRollout:
             config=config,
             grid=self.grid,
             denoiser=self.denoiser,
-            schedulers=self.schedulers,
+            schedulers=schedulers or components.schedulers(config),
             noise=self.noise,
             history=self.history,
             observer=self,
@@ -205,8 +203,8 @@ class WanRollout:
             config = self.config.changed(**settings)
             check_extensions(config)
             check_experts(self.components, config)
-            self.schedulers = self.components.schedulers(config, dict(self.schedulers[1].config))
-            self._context.schedulers, self._context.config, self.config = self.schedulers, config, config
+            self._context.schedulers = self.components.schedulers(config, dict(self.schedulers[1].config))
+            self._context.config = config
             self.denoiser.guidance_scale = config.guidance_scale
             if not settings.keys().isdisjoint(SWITCH_SETTINGS):
                 self.switching.use_policy_of(config)
@@ -307,6 +305,16 @@ class WanRollout:
     # What a caller looks at.
 
     @property
+    def config(self) -> RolloutConfig:
+        """The settings as they are now."""
+        return self._context.config
+
+    @property
+    def schedulers(self) -> Schedulers:
+        """Of the first generated chunk, and of all later ones."""
+        return self._context.schedulers
+
+    @property
     def done(self) -> bool:
         """Whether the video has all its frames, or was interrupted."""
         return self.interrupted or self.frames_done == self.grid.total_frames
@@ -386,7 +394,7 @@ class WanRollout:
     @torch.no_grad()
     def make_latents(self, in_flight: ChunkInFlight) -> None:
         """Denoise the next chunk (or write a given one). Leaves alone what `decode_chunk` uses."""
-        timings = self._context.timings = in_flight.timings
+        timings = in_flight.timings
         self._steps_finite = in_flight.steps_finite
         self.denoiser.notice_adapters()
         chunk = self.grid.chunk(self.chunks_done, self.frames_done)

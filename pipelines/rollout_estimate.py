@@ -34,22 +34,23 @@ def estimate_rollout(
     check_sizes(components, config, given_frames)
     sampler = SAMPLERS.load(config.sampler)
     first, later = (sampler.num_steps(config, own.num_inference_steps) for own in components.schedulers(config))
-    branches = 2 if config.do_classifier_free_guidance else 1
     grid = components.frame_grid(config, given_frames)
     transformer, codec, experts = components.transformer, components.codec, len(components.transformers)
-    forwards = sampler.num_forwards(config, grid, (first, later), experts)
-    cache_bytes = vae_bytes = None
+    chunks = forwards = cache_bytes = vae_bytes = None
+    if grid.total_frames is not None:
+        chunks = grid.num_given_chunks + grid.num_generated_chunks
+        forwards = sampler.num_forwards(config, grid, (first, later), experts)
     cached_frames = config.window_frames or grid.total_frames
     if cached_frames is not None:
         tokens = cached_frames * components.tokens_per_frame(config)
         cache = components.new_kv_cache(config, grid.total_frames)
-        cache_bytes = experts * branches * transformer.kv_cache_bytes(tokens, batch_size, cache)
+        cache_bytes = experts * config.num_branches * transformer.kv_cache_bytes(tokens, batch_size, cache)
     # As many numbers per token as the self-attention has.
-    text_bytes = experts * branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
+    text_bytes = experts * config.num_branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
     if codec is not None:
         vae_bytes = codec.state_bytes(batch_size, config.height, config.width)
     return RolloutEstimate(
-        chunks=None if grid.total_frames is None else sum(1 for _ in grid),
+        chunks=chunks,
         latent_frames=grid.total_frames,
         forwards=forwards,
         kv_cache_bytes=cache_bytes,

@@ -23,7 +23,8 @@ from wan_autoregressive.atomic_file import replaced_file, sync_file
 
 FORMAT_VERSION = 2
 _INDEX = "state.json"
-_OURS = re.compile(r"state-[0-9a-f]{16}\.safetensors|\.state-\d+\.(json|safetensors)\.part")
+# The last one is what safetensors writes to before it renames: it stays behind where a save was killed.
+_PARTS = re.compile(r"state-[0-9a-f]{16}\.safetensors|\.state-\d+\.(json|safetensors)\.part|\.tmp[A-Za-z0-9]{6}")
 
 
 def has_state(folder: str | os.PathLike[str]) -> bool:
@@ -32,7 +33,8 @@ def has_state(folder: str | os.PathLike[str]) -> bool:
 
 
 def write_state(folder: str | os.PathLike[str], content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Replace the state in `folder` (made if it is not there) by another. Other files in it are left alone.
+    """Replace the state in `folder` (made if it is not there) by another. Other files in it are left alone, but for
+    what safetensors leaves of a killed save.
 
     Args:
         content: anything that JSON holds, under keys other than `format`, `tensors` and `checksum`.
@@ -56,9 +58,19 @@ def write_state(folder: str | os.PathLike[str], content: dict[str, Any], tensors
     with replaced_file(folder / _INDEX, part=folder / f".state-{os.getpid()}.json.part") as part:
         part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     _sync_folder(folder)
-    for other in folder.iterdir():
-        if other != path and _OURS.fullmatch(other.name):
-            other.unlink(missing_ok=True)
+    _remove_parts(folder, keep=path)
+
+
+def remove_state(folder: str | os.PathLike[str]) -> None:
+    """Remove the state in `folder`, and what killed saves left of others. Other files in it are left alone."""
+    (Path(folder) / _INDEX).unlink(missing_ok=True)  # first: without it the rest belongs to nobody
+    _remove_parts(Path(folder))
+
+
+def _remove_parts(folder: Path, keep: Path | None = None) -> None:
+    for path in folder.iterdir():
+        if path != keep and _PARTS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def read_content(folder: str | os.PathLike[str]) -> dict[str, Any]:

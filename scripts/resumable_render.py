@@ -29,10 +29,7 @@ from wan_autoregressive.scripts.interrupts import SoftStop
 from wan_autoregressive.scripts.output_files import OutputFiles
 from wan_autoregressive.scripts.run_report import STAGES, RunTimes, write_chunk
 
-# The last one is what safetensors writes to before it renames: it stays behind where a save was killed.
-_OURS = re.compile(
-    r"state\.json|state-[0-9a-f]{16}\.safetensors|\.state-\d+\..*\.part|segment-\d+(\.part)?\.mp4|\.tmp[A-Za-z0-9]{6}"
-)
+_SEGMENTS = re.compile(r"segment-\d+(\.part)?\.mp4")
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def render_resumable(
     folder = OutputFiles(output).resume_folder
     rollout = pipe.resume(folder) if progress.segments else pipe.rollout(**arguments)
     folder.mkdir(exist_ok=True)
-    _remove_ours(folder, keep={segment.name for segment in progress.segments} | {"state.json"}, states=False)
+    _remove_segments(folder, keep={segment.name for segment in progress.segments})
     with (
         _kept_on_failure(output, progress),
         tqdm(total=chunks, initial=rollout.chunks_done, desc=output.name, unit="chunk", disable=None) as bar,
@@ -181,11 +178,15 @@ def render_resumable(
 
 def discard(output: Path, keep_part: bool = False) -> None:
     """Remove what was kept for resuming, once the video is whole; with `keep_part` not what was made for watching."""
+    from wan_autoregressive.pipelines.state_folder import remove_state
+
     files = OutputFiles(output)
     folder = files.resume_folder
-    _remove_ours(folder, keep=set(), states=True)
-    with contextlib.suppress(OSError):  # there are other files in it, which are not ours
-        folder.rmdir()
+    if folder.is_dir():
+        remove_state(folder)
+        _remove_segments(folder, keep=set())
+        with contextlib.suppress(OSError):  # there are other files in it, which are not ours
+            folder.rmdir()
     if not keep_part:
         files.part.unlink(missing_ok=True)
 
@@ -272,11 +273,8 @@ def _check_segment(path: Path, expected: Segment) -> None:
         raise ValueError(f"the segment '{path}' of the unfinished video is cut off or damaged")
 
 
-def _remove_ours(folder: Path, keep: set[str], states: bool) -> None:
-    """Remove files that runs of this command wrote; those of a state only where `states` says so."""
-    if not folder.is_dir():
-        return
+def _remove_segments(folder: Path, keep: set[str]) -> None:
+    """Remove segments that runs of this command wrote."""
     for path in folder.iterdir():
-        mine = _OURS.fullmatch(path.name) and (states or path.name.startswith("segment-"))
-        if mine and path.name not in keep:
+        if _SEGMENTS.fullmatch(path.name) and path.name not in keep:
             path.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ from wan_autoregressive.pipelines.frame_grid import Chunk, FrameGrid
 from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.noise import NoiseSource
 from wan_autoregressive.pipelines.source_video import SourceVideo
-from wan_autoregressive.pipelines.timings import StageTimings
 from wan_autoregressive.schedulers import SelfForcingScheduler, StepSolver
 from wan_autoregressive.schedulers.step_solver import new_solver
 
@@ -48,8 +47,6 @@ class SamplingContext:
     """`(batch, channels, frames, height, width)` that come first in the video."""
     source: SourceVideo | None = None
     """Of video to video."""
-    timings: StageTimings | None = None
-    """Of the chunk in the making."""
 
     def scheduler_of(self, chunk: Chunk) -> SelfForcingScheduler:
         """The first generated chunk may have a step list of its own."""
@@ -78,6 +75,8 @@ class Sampler:
 
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
+        self.source_latents: torch.Tensor | None = None
+        """Of the chunk that was prepared last, `(batch, channels, frames, height, width)`, in video to video."""
 
     @classmethod
     def check(cls, config: RolloutConfig) -> None:
@@ -108,12 +107,15 @@ class Sampler:
         """A chunk has been decoded, to `(batch, 3, frames, height, width)` in [-1, 1]."""
 
     def prepare(self, chunk: Chunk) -> Chunk:
-        """Take what a chunk needs from outside, before anything runs; it may come out shorter.
+        """Take what a chunk needs of the source, before anything runs; it comes out shorter where the source ends.
 
         Raises:
             SourceEndedError: the source video has nothing left for it.
         """
-        return chunk
+        if self.context.source is None:
+            return chunk
+        self.source_latents = self.context.source.next_latents(chunk.num_frames)
+        return shortened(chunk, self.source_latents.shape[2])
 
     def cache_past(self, skip_prompt: bool = False) -> None:
         """Bring the caches up to date with the chunks that are done, before a prompt changes or a chunk begins.
@@ -125,6 +127,37 @@ class Sampler:
     def next_chunk(self, chunk: Chunk) -> torch.Tensor:
         """Finished latents `(batch, channels, frames, height, width)` of a chunk to generate."""
         raise NotImplementedError
+
+    def take_steps(
+        self,
+        chunk: Chunk,
+        latents: torch.Tensor,
+        solver: StepSolver,
+        timesteps: list[float],
+        window: Callable[[float], Window],
+    ) -> torch.Tensor:
+        """The latents of a chunk after denoising steps on it alone, or after the one at which a stop was asked for.
+
+        Args:
+            timesteps: Of the solver's, the ones to make.
+            window: Of the step at a timestep.
+        """
+        context = self.context
+        for timestep in timesteps:
+            latents = self._with_given(chunk, latents)
+            flow = context.denoiser.predict(latents, window(timestep))
+            latents = self._with_given(chunk, solver.step(flow, timestep, latents, context.noise.generator))
+            latents = context.observer.step_done(chunk, timestep, latents)
+            if context.observer.interrupted:
+                break
+        return latents
+
+    def _with_given(self, chunk: Chunk, latents: torch.Tensor) -> torch.Tensor:
+        """The latents of a chunk with the frames that were given in their places."""
+        given = self.context.given_latents
+        if given is None or not chunk.fixed_frames:
+            return latents
+        return torch.cat([given[:, :, chunk.start :], latents[:, :, chunk.fixed_frames :]], dim=2)
 
     def cache_given(self, chunk: Chunk, latents: torch.Tensor) -> None:
         """Write given latents `(batch, channels, frames, height, width)` to the caches."""
@@ -139,7 +172,7 @@ class Sampler:
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
-        """Forwards of a whole video under one prompt, or `None` if that is not known.
+        """Forwards of a whole video with an end under one prompt, or `None` if that is not known.
 
         Args:
             steps: Denoising steps of the first generated chunk and of the later ones.

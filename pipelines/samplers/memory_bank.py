@@ -5,7 +5,6 @@ bank, with the keys and values that they were written with. Unlike in `chunkwise
 cache, so that all in it is clean.
 """
 
-import itertools
 from typing import Any, Literal, get_args
 
 import torch
@@ -76,7 +75,7 @@ class MemoryBankSampler(ChunkwiseSampler):
             raise ValueError("sampler 'memory_bank' keeps nothing but what its clean pass wrote; leave out clean_pass")
 
     def cache_past(self, skip_prompt: bool = False) -> None:
-        if self._due is not None:
+        if self.due is not None:
             super().cache_past()  # under the prompt as well, where a re-cache follows: the candidate is from here
             self._chunk_is_cached()
 
@@ -94,11 +93,12 @@ class MemoryBankSampler(ChunkwiseSampler):
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
         forwards = super().num_forwards(config, grid, steps, experts)
-        given = sum(1 for _ in itertools.takewhile(lambda chunk: chunk.given, grid))
-        if forwards is None or _bank_length(given, _options(config)["bank_interval"]) <= config.memory_bank_frames:
+        given = grid.num_given_chunks
+        assert forwards is not None
+        if _bank_length(given, _options(config)["bank_interval"]) <= config.memory_bank_frames:
             return forwards
         # Given frames fill the bank before any step has read the prompt: a forward of one token does.
-        return forwards + (2 if config.do_classifier_free_guidance else 1)
+        return forwards + config.num_branches
 
     def _step_window(self, chunk: Chunk, timestep: float) -> Window:
         config, newest = self.context.config, None

@@ -15,8 +15,9 @@ import torch
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.denoiser import Window
 from wan_autoregressive.pipelines.frame_grid import Chunk, FrameGrid
-from wan_autoregressive.pipelines.samplers.base import Sampler, SamplingContext, shortened
+from wan_autoregressive.pipelines.samplers.base import Sampler, SamplingContext
 from wan_autoregressive.schedulers import SelfForcingScheduler
+from wan_autoregressive.schedulers.step_solver import RenoiseSolver
 
 ContextPrompt = Literal["old", "new"]
 POLICIES_WITH_A_PAST = ("recache", "flush", "cut")
@@ -47,7 +48,6 @@ class RecomputeSampler(Sampler):
         self._context_frames = context_frames
         self._keep_first_frame = keep_first_frame
         self._context_prompt = context_prompt
-        self._source_latents: torch.Tensor | None = None
         self._frames_done = 0
         self._first_frame: torch.Tensor | None = None
         """The video's first latent frame, where it is kept."""
@@ -87,13 +87,6 @@ class RecomputeSampler(Sampler):
             newest = (*self._pixels, *_last_pixel_frames(chunk, pixels))
             self._pixels = newest[-self._context_frames :]
 
-    def prepare(self, chunk: Chunk) -> Chunk:
-        source = self.context.source
-        if source is None:
-            return chunk
-        self._source_latents = source.next_latents(chunk.num_frames)
-        return shortened(chunk, self._source_latents.shape[2])
-
     def cache_past(self, skip_prompt: bool = False) -> None:
         if self._context_prompt == "old" and self._frames_done >= self.context.grid.given_frames:
             self._recompute()
@@ -108,14 +101,10 @@ class RecomputeSampler(Sampler):
         start = min(self._context_frames, chunk.start)
         frames, timesteps = range(start, start + chunk.num_frames), scheduler.timesteps.tolist()
         latents = context.noise.initial(chunk.start - context.grid.given_frames, chunk.num_frames)
-        if self._source_latents is not None:
-            latents = scheduler.add_noise(self._source_latents, latents, timesteps[0])
-        for timestep in timesteps:
-            flow = context.denoiser.predict(latents, Window(frames, (timestep,)))
-            latents = scheduler.step(flow, timestep, latents, generator=context.noise.generator).prev_sample
-            latents = context.observer.step_done(chunk, timestep, latents)
-            if context.observer.interrupted:
-                break
+        if self.source_latents is not None:
+            latents = scheduler.add_noise(self.source_latents, latents, timesteps[0])
+        solver = RenoiseSolver(scheduler)
+        latents = self.take_steps(chunk, latents, solver, timesteps, lambda timestep: Window(frames, (timestep,)))
         self._finish(chunk, latents)
         return latents
 
@@ -127,15 +116,13 @@ class RecomputeSampler(Sampler):
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
-        if grid.total_frames is None:
-            return None
         context_frames = config.sampler_options.get("context_frames", 3)
         forwards = 0
         for chunk in grid:
             if not chunk.given:
                 forwards += steps[0 if chunk.start == grid.given_frames else 1]
                 forwards += len(_context_windows(min(context_frames, chunk.start), config.chunk_frames))
-        return forwards * (2 if config.do_classifier_free_guidance else 1)
+        return forwards * config.num_branches
 
     def _recompute(self) -> None:
         """Replace what the caches hold by the context of the chunk to come."""
@@ -175,8 +162,7 @@ class RecomputeSampler(Sampler):
     # State.
 
     def reset(self) -> None:
-        self._source_latents = self._first_frame = None
-        self._frames_done, self._pixels = 0, ()
+        self._frames_done, self._first_frame, self._pixels = 0, None, ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"frames_done": self._frames_done, "first_frame": self._first_frame, "pixels": list(self._pixels)}

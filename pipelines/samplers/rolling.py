@@ -24,7 +24,8 @@ from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models.forward_plan import PastFrames
 from wan_autoregressive.pipelines.denoiser import Window
 from wan_autoregressive.pipelines.frame_grid import Chunk, FrameGrid
-from wan_autoregressive.pipelines.samplers.base import Sampler, SamplingContext
+from wan_autoregressive.pipelines.samplers.base import SamplingContext
+from wan_autoregressive.pipelines.samplers.context_pass import ContextPassSampler
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ChunkInWindow:
     steps_done: int = 0
 
 
-class RollingSampler(Sampler):
+class RollingSampler(ContextPassSampler):
     """Denoises as many chunks together as there are denoising steps.
 
     Args:
@@ -54,8 +55,6 @@ class RollingSampler(Sampler):
         self._reference_draws = reference_draws
         self._in_flight: tuple[ChunkInWindow, ...] = ()
         """Oldest first. Replaced and never changed, so that a fork may share it."""
-        self._due: range | None = None
-        """Frames whose clean keys and values are still to be written."""
         self._all_noise: torch.Tensor | None = None
         """Initial noise of the whole video, where it is drawn as the original does."""
 
@@ -97,31 +96,19 @@ class RollingSampler(Sampler):
             if is_finished or self.context.observer.interrupted:
                 break
         self._in_flight = self._in_flight[1:]
-        self._due = chunk.frames
+        self.due = chunk.frames
         return oldest.latents
 
-    def cache_past(self, skip_prompt: bool = False) -> None:
-        if self._due is None:
-            return
-        latents = self.context.history.last(len(self._due))
-        window = self._context_window(self._due, self.context.config.context_noise)
-        self.context.denoiser.cache_context(latents, window, skip_prompt)
-        self._due = None
-
     def cache_given(self, chunk: Chunk, latents: torch.Tensor) -> None:
-        self.context.denoiser.cache_context(latents, self._context_window(chunk.frames, 0.0))
+        self.context.denoiser.cache_context(latents, self.context_window(chunk.frames, 0.0))
 
     @classmethod
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
-        if grid.total_frames is None:
-            return None
         generated = grid.num_generated_chunks
-        given = sum(1 for _ in grid) - generated
         ticks = generated + steps[1] - 1
-        branches = 2 if config.do_classifier_free_guidance else 1
-        return branches * (given + ticks + generated - 1)
+        return config.num_branches * (grid.num_given_chunks + ticks + generated - 1)
 
     # A tick.
 
@@ -154,15 +141,15 @@ class RollingSampler(Sampler):
         return stepped[0]
 
     def _joint_window(self) -> Window:
-        config, oldest = self.context.config, self._in_flight[0]
+        config, oldest, steps = self.context.config, self._in_flight[0], self._timesteps
         frames = range(oldest.chunk.start, self._in_flight[-1].chunk.stop)
-        timesteps = [self._timesteps[e.steps_done] for e in self._in_flight for _ in e.chunk.frames]
+        timesteps = [steps[entry.steps_done] for entry in self._in_flight for _ in entry.chunk.frames]
         newest = self._attended_frames - config.sink_frames - len(frames)
         if config.window_frames is not None:  # the place of the oldest chunk counts, as if it were in the cache
             newest = min(newest, config.window_frames - config.sink_frames - oldest.chunk.num_frames)
         return Window(frames, tuple(timesteps), keep_frames=0, past=PastFrames(max(0, newest)))
 
-    def _context_window(self, frames: range, timestep: float) -> Window:
+    def context_window(self, frames: range, timestep: float) -> Window:
         past = PastFrames(max(0, self._attended_frames - len(frames)), sink=False)
         return Window(frames, (timestep,), past=past)
 
@@ -205,21 +192,21 @@ class RollingSampler(Sampler):
     # State.
 
     def reset(self) -> None:
-        self._in_flight = ()
-        self._due = self._all_noise = None
+        super().reset()
+        self._in_flight, self._all_noise = (), None
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            **super().state_dict(),
             "in_flight": [{**vars(entry), "chunk": vars(entry.chunk)} for entry in self._in_flight],
-            "due": None if self._due is None else (self._due.start, self._due.stop),
             "all_noise": self._all_noise,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self._in_flight = tuple(
             ChunkInWindow(**{**entry, "chunk": Chunk(**entry["chunk"])}) for entry in state["in_flight"]
         )
-        self._due = None if state["due"] is None else range(*state["due"])
         self._all_noise = state["all_noise"]
 
     @property

@@ -254,11 +254,7 @@ class StreamBatchSampler(Sampler):
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
-        if grid.total_frames is None:
-            return None
-        generated = grid.num_generated_chunks
-        given = sum(1 for _ in grid) - generated
-        return (given + generated * steps[1]) * (2 if config.do_classifier_free_guidance else 1)
+        return config.num_branches * (grid.num_given_chunks + grid.num_generated_chunks * steps[1])
 
     # State. A rollout with a source is neither reset nor saved nor forked, so nothing of it is here.
 
