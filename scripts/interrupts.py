@@ -48,6 +48,24 @@ def handle_stops(handler: Handler) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def leave_at_once() -> Iterator[None]:
+    """Within the block a signal ends the process then and there, with the line and the code of `Stopped`.
+
+    For imports, before there is anything to clean up: torch calls Python from C++ while it is imported, and an
+    exception that a handler raises in there aborts the process instead of passing through.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        stopped = Stopped(number)
+        with contextlib.suppress(OSError):
+            os.write(2, f"wan-ar: error: {stopped}\n".encode())
+        os._exit(stopped.exit_code)
+
+    with handle_stops(leave):
+        yield
+
+
+@contextlib.contextmanager
 def delay_stops() -> Iterator[None]:
     """Let a signal that comes within the block stop the program at its end."""
     numbers: list[int] = []

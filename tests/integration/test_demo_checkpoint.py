@@ -32,6 +32,7 @@ def right(demo_pipe) -> dict[str, float]:
     return figures(demo_pipe)
 
 
+@pytest.mark.slow
 def test_is_right_on_prompts_held_out_from_training(right):
     assert right["background"] >= 0.98
     assert right["color"] >= 0.98

@@ -54,6 +54,7 @@ def test_the_whole_checkpoint_still_loads_and_takes_the_tiny_vae(tiny):
     torch.testing.assert_close(frames, expected.clamp(0, 1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_scores_of_generated_videos_hold_up(full, tiny):
     scenes = world.spread(world.held_out_scenes(), 6)

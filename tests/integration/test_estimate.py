@@ -18,17 +18,24 @@ VARIANTS = {
     "window": {},
     "no window": {"window_frames": None, "sink_frames": 0, "chunks": 3},
     "bfloat16": {"dtype": "bfloat16"},
-    "more layers": {"layers": 5},
+    "more layers": {"layers": 5, "height": 128, "width": 96},
     "int8": {"kv_dtype": "int8"},
     "relative": {"position_mode": "relative"},
     "sink_relative": {"position_mode": "sink_relative"},
     "tiles": {"vae_tiling": True, "height": 288, "window_frames": 6},
 }
+SLOW = ("no window", "more layers", "sink_relative", "tiles")
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=pytest.mark.slow if name in SLOW else ())
+        for name, changes in VARIANTS.items()
+    ],
+)
 def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
-    workload = make_workload(**{"layers": 2, "steps": 2, **changes})
+    workload = make_workload(**{"layers": 2, "steps": 2, "height": 64, "width": 64, **changes})
     estimate = estimate_memory(workload)
     pipe = build_pipeline(workload)
     weights = [sum(p.nbytes for p in model.parameters()) for model in (pipe.transformer, pipe.vae)]

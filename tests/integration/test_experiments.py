@@ -85,6 +85,7 @@ def test_a_sweep_has_a_row_for_each_value(tmp_path):
     assert rows[0]["kv_cache_bytes"] == rows[1]["kv_cache_bytes"] == 2 * 2 * 9 * TOKENS_PER_FRAME * 192 * 4
 
 
+@pytest.mark.slow
 def test_decoding_alongside_is_measured_in_turns(tmp_path):
     result = figures_of(alongside, tmp_path)["decode_alongside"]
     for way in ("one_after_the_other", "alongside"):
@@ -110,6 +111,7 @@ def test_compiling_is_measured_in_turns_behind_the_warm_up(tmp_path, monkeypatch
     assert result["largest_difference"] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", compiled.COMPILED_PARTS)
 def test_what_is_compiled_is_a_copy_on_the_same_weights(part):
     bench = bench_of(layers=1, steps=1, with_vae=False)
@@ -129,6 +131,7 @@ def test_what_is_compiled_is_a_copy_on_the_same_weights(part):
     assert result.graphs == len(made)
 
 
+@pytest.mark.slow
 def test_a_long_rollout_is_fitted_behind_the_full_window(tmp_path):
     plot = tmp_path / "plot.png"
     result = figures_of(long_rollout, tmp_path, "--chunks", "14", "--plot", str(plot))["long_rollout"]

@@ -28,6 +28,7 @@ def alone(pipe, prompt: str, seed: int, count: int, changes: dict[int, str] | No
     return [encode_mp4(chunk.frames[0], model.fps, model.scale) for chunk in chunks]
 
 
+@pytest.mark.slow
 def test_eight_sessions_in_turns_are_each_as_alone(engine, pipe):
     starts = [(f"{RED} {number}", number) for number in range(8)]
     expected = [alone(pipe, prompt, seed, 5) for prompt, seed in starts]

@@ -123,7 +123,7 @@ def test_everything_at_once_resumed_and_forked_equals_uninterrupted(wan22, tmp_p
         rollout.save(tmp_path / str(index))
         expected.append(rollout.step())
     assert rollout.done
-    for index in (0, 1, 3, 4, 6):
+    for index in (1, 4, 6):
         resumed = wan22.resume(tmp_path / str(index))
         twin = resumed.fork()
         assert_same([resumed.step() for _ in range(index, 7)], expected[index:])

@@ -24,6 +24,7 @@ def test_a_second_run_is_refused_while_the_first_is_at_it(tiny_checkpoint: Path,
     assert sorted(contents(tmp_path)) == ["x.json", "x.mp4"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_holds_nothing(tiny_checkpoint: Path, uninterrupted: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.mp4"
     first = start(words(tiny_checkpoint, output), before=slowly)

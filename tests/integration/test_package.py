@@ -58,6 +58,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_installed_command_renders_a_video(installed):
     command = installed / "env" / "bin" / "wan-ar"
     outside = installed / "outside"

@@ -25,6 +25,7 @@ def test_tables_are_what_the_commands_print(commands, table, capsys):
         assert [re.split(r"\s{2,}", line.strip()) for line in printed] == [[row[0], row[column]] for row in rows]
 
 
+@pytest.mark.slow
 def test_81_frames_without_a_window_take_what_a_window_of_21_does():
     shape = {"model": ModelSizes.of_preset("1.3b"), "dtype": "bfloat16", "chunks": 7}
     with_window = estimate_memory(make_workload(**shape, window_frames=21, sink_frames=3))

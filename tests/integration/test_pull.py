@@ -233,6 +233,7 @@ def test_a_name_that_was_not_pulled_is_one_line(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_endpoint_of_the_environment(hub: SmallHub, tmp_path: Path) -> None:
     """In a process of its own, as users run it."""
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}

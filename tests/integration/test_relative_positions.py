@@ -121,6 +121,7 @@ def test_equals_keys_rotated_anew_at_every_call(model, chunks, window, sink, mod
     assert compare_with_naive(model, chunks, window, sink, decay, mode) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "decay"), MODES)
 @torch.no_grad()
 def test_does_not_drift_over_500_chunks(model, mode, decay):

@@ -162,6 +162,7 @@ def test_the_plan_counts_what_is_done(pipe, count_forwards):
         assert plan.vae_state_bytes == rollout.vae_decoder.state_bytes
 
 
+@pytest.mark.slow
 def test_without_end_memory_is_flat(pipe):
     options = {"window_frames": 4, "sink_frames": 1, "chunk_frames": 1, "position_mode": "sink_relative"}
     rollout = pipe.rollout("x", height=16, width=16, **options, num_inference_steps=1)

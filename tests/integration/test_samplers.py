@@ -7,7 +7,7 @@ from saved_rollouts import assert_same, generator, state_of
 
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 
-SIZE = {"height": 32, "width": 32, "num_frames": 53, "chunk_frames": 2}  # 7 chunks
+SIZE = {"height": 32, "width": 32, "num_frames": 53, "chunk_frames": 2, "output_type": "latent"}  # 7 chunks
 ROLLING = {**SIZE, "sampler": "rolling", "window_frames": 9, "sink_frames": 2, "position_mode": "sink_relative"}
 MEMORY_BANK = {**SIZE, "sampler": "memory_bank", "window_frames": 5, "sink_frames": 1, "memory_bank_frames": 2}
 RECOMPUTE = {**SIZE, "sampler": "recompute", "window_frames": 5, "switch_policy": "blend", "blend_chunks": 3}
@@ -37,20 +37,21 @@ def start(pipe, settings, **options):
 
 @each_sampler
 def test_a_stream_equals_a_call_with_and_without_pixels(pipe, settings):
-    latents = [chunk.latents for chunk in start(pipe, settings)]
-    whole = pipe("a red circle", **settings, generator=generator(), output_type="latent").frames
+    latents = [chunk.latents for chunk in start(pipe, settings, output_type="np")]
+    whole = pipe("a red circle", **settings, generator=generator()).frames
     assert torch.equal(torch.cat(latents, dim=2), whole)
 
 
 @each_sampler
-@pytest.mark.parametrize("done", [1, 4, 6])
-def test_resumed_and_forked_rollouts_go_on_as_one_that_was_not(pipe, tmp_path, settings, done):
+@pytest.mark.parametrize(("done", "output_type"), [(1, "latent"), (4, "np"), (6, "latent")])
+def test_resumed_and_forked_rollouts_go_on_as_one_that_was_not(pipe, tmp_path, settings, done, output_type):
     """With a prompt that changes after the second chunk."""
 
     def chunks_of(rollout):
         rollout.set_prompt("a blue cross")
         return list(rollout)
 
+    settings = {**settings, "output_type": output_type}
     whole = start(pipe, settings)
     expected = [whole.step() for _ in range(done)] + chunks_of(whole)
     rollout = start(pipe, settings)
