@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
@@ -261,18 +261,21 @@ _CLOSED_CHOICES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def check_steps(name: str, steps: tuple[float, ...] | None) -> None:
-    """Raise `ValueError` for a list of timesteps that is empty, leaves 0 to 1000, or does not descend."""
+def check_steps(name: str, steps: Sequence[float] | None, last: int = 1000) -> None:
+    """Raise `ValueError` for a list of timesteps that is empty, leaves 0 to `last`, or does not descend."""
     if steps is None:
         return
-    if not all(isinstance(step, int | float) and 0 <= step <= 1000 for step in steps):
-        raise ValueError(f"{name}: every step must be from 0 to 1000, got {_listed(steps)}")
-    if not steps or any(later >= earlier for earlier, later in itertools.pairwise(steps)):
+    if not steps:
+        raise ValueError(f"{name} is empty; it needs at least one step")
+    if not all(isinstance(step, int | float) and 0 <= step <= last for step in steps):
+        raise ValueError(f"{name}: every step must be a number from 0 to {last}, got {_listed(steps)}")
+    if any(later >= earlier for earlier, later in itertools.pairwise(steps)):
         raise ValueError(f"{name} must descend, got {_listed(steps)}")
 
 
-def _listed(steps: tuple[float, ...]) -> str:
-    return ", ".join(f"{step:g}" for step in steps[:10]) + (", …" if len(steps) > 10 else "") or "none"
+def _listed(steps: Sequence[float]) -> str:
+    words = [f"{step:g}" if isinstance(step, int | float) else repr(step) for step in steps[:10]]
+    return ", ".join(words) + (", …" if len(steps) > 10 else "")
 
 
 def check_window(window_frames: int | None, sink_frames: int, chunk_frames: int) -> None:

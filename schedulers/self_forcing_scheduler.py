@@ -1,6 +1,5 @@
 """The few-step sampler of Self-Forcing: predict x0, re-noise it to the next step, the last x0 is the sample."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from wan_autoregressive.configs.rollout_config import check_steps
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -188,13 +189,7 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         return [round(last * (num_inference_steps - i) / num_inference_steps) for i in range(num_inference_steps)]
 
     def _check_steps(self, steps: list[float]) -> None:
-        last = self.config.num_train_timesteps
-        if not steps:
-            raise ValueError("denoising_steps is empty; it needs at least one step")
-        if not all(isinstance(step, int | float) and 0 <= step <= last for step in steps):
-            raise ValueError(f"denoising_steps is {steps}; every step must be a number from 0 to at most {last}")
-        if any(later >= earlier for earlier, later in itertools.pairwise(steps)):
-            raise ValueError(f"denoising_steps is {steps}; the steps must descend strictly")
+        check_steps("denoising_steps", steps, self.config.num_train_timesteps)
         if self.config.warp and any(step != int(step) for step in steps):
             raise ValueError(
                 f"denoising_steps is {steps}; with warp=True steps are indices and must be whole numbers. "

@@ -102,7 +102,7 @@ def test_set_timesteps():
         ({"denoising_steps": ()}, "empty"),
         ({"denoising_steps": (1000, 1000)}, "descend"),
         ({"denoising_steps": (250, 500)}, "descend"),
-        ({"denoising_steps": (1001, 500)}, "at most 1000"),
+        ({"denoising_steps": (1001, 500)}, "from 0 to 1000"),
         ({"denoising_steps": (1000, -1)}, "from 0 to"),
         ({"denoising_steps": (1000, "a")}, "must be a number"),
         ({"denoising_steps": (1000, 500.5)}, "whole numbers"),
