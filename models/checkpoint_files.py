@@ -50,7 +50,7 @@ def load_checkpoint(path: str | Path, weights: str = "auto", entries: Sequence[s
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise ValueError(f"The checkpoint {path} does not exist.")
+        raise ValueError(f"The checkpoint {path} does not exist")
     if path.is_dir():
         path = _checkpoint_in_folder(path)
         if path.is_dir():
@@ -63,7 +63,7 @@ def load_checkpoint(path: str | Path, weights: str = "auto", entries: Sequence[s
         return _pick_weights(_load_pickle(path), weights, entries, path)
     raise ValueError(
         f"The checkpoint {path} has an unknown ending; allowed are {', '.join(PICKLE_SUFFIXES)}, .safetensors, "
-        ".safetensors.index.json or a folder."
+        ".safetensors.index.json or a folder"
     )
 
 
@@ -79,8 +79,8 @@ def _checkpoint_in_folder(folder: Path) -> Path:
             return folder
         if found:
             names = ", ".join(path.name for path in found[:5])
-            raise ValueError(f"The folder {folder} holds {len(found)} checkpoints ({names}); name one of the files.")
-    raise ValueError(f"The folder {folder} holds no weights; expected .safetensors, .pt, .pth or .bin files.")
+            raise ValueError(f"The folder {folder} holds {len(found)} checkpoints ({names}); name one of the files")
+    raise ValueError(f"The folder {folder} holds no weights; expected .safetensors, .pt, .pth or .bin files")
 
 
 def _load_pickle(path: Path) -> Any:
@@ -89,7 +89,7 @@ def _load_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(4)
         if not is_zip and start == b"PK\x03\x04":
-            raise ValueError(f"The checkpoint {path} is damaged: its zip archive is cut off. Download it again.")
+            raise ValueError(f"The checkpoint {path} is damaged: its zip archive is cut off. Download it again")
     try:
         with warnings.catch_warnings(action="ignore"):  # of what is then refused
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
@@ -97,9 +97,9 @@ def _load_pickle(path: Path) -> Any:
         if _ASKS_FOR_CODE.search(str(error)) or start.startswith(_FOREIGN_PICKLES):
             raise ValueError(
                 f"The checkpoint {path} holds Python objects other than tensors and is refused, because reading them "
-                "could run code. Ask its author for a file of tensors only (.safetensors)."
+                "could run code. Ask its author for a file of tensors only (.safetensors)"
             ) from error
-        raise ValueError(f"The checkpoint {path} is not a torch checkpoint, or is damaged.") from error
+        raise ValueError(f"The checkpoint {path} is not a torch checkpoint, or is damaged") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         # Which of these torch raises on a damaged file depends on where the damage is.
         raise ValueError(f"The checkpoint {path} is not a torch checkpoint, or is damaged: {_line(error)}") from error
@@ -108,20 +108,20 @@ def _load_pickle(path: Path) -> Any:
 def _pick_weights(content: Any, weights: str, entries: Sequence[str], path: Path) -> StateDict:
     """The state dict in what a pickle held: an entry such as `generator_ema`, or all of it."""
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"The checkpoint {path} holds {_kind(content)}, not a dict of named tensors.")
+        raise ValueError(f"The checkpoint {path} holds {_kind(content)}, not a dict of named tensors")
     nested = [name for name, value in content.items() if isinstance(value, dict) and value]
     if weights == "auto":
         present = [name for name in entries if name in nested]
         if not present and nested:
             raise ValueError(
                 f"The checkpoint {path} has the entries {_names(content)}; choose one that holds the transformer with "
-                "--weights."
+                "--weights"
             )
         return _only_tensors(content[present[0]] if present else content, path)
     if weights not in nested:
         raise ValueError(
             f"The checkpoint {path} has no weights {weights!r}; it "
-            + (f"has the entries {_names(nested)}." if nested else "is a bare state dict: leave --weights out.")
+            + (f"has the entries {_names(nested)}." if nested else "is a bare state dict: leave --weights out")
         )
     return _only_tensors(content[weights], path)
 
@@ -130,7 +130,7 @@ def _bare(state_dict: StateDict, weights: str, path: Path) -> StateDict:
     """Safetensors files hold one flat state dict, so there is nothing to choose from."""
     if weights != "auto":
         raise ValueError(
-            f"The checkpoint {path} has no weights {weights!r}; it is a bare state dict: leave --weights out."
+            f"The checkpoint {path} has no weights {weights!r}; it is a bare state dict: leave --weights out"
         )
     return state_dict
 
@@ -138,7 +138,7 @@ def _bare(state_dict: StateDict, weights: str, path: Path) -> StateDict:
 def _only_tensors(entry: dict[Any, Any], path: Path) -> StateDict:
     for name, value in entry.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f"The checkpoint {path} holds {_kind(value)} under {name!r}; expected tensors only.")
+            raise ValueError(f"The checkpoint {path} holds {_kind(value)} under {name!r}; expected tensors only")
     return entry
 
 
@@ -155,16 +155,16 @@ def _load_index(path: Path) -> StateDict:
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards = [path.parent / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The index {path} is damaged; expected JSON with a weight_map of names to files.") from error
+        raise ValueError(f"The index {path} is damaged; expected JSON with a weight_map of names to files") from error
     if any(shard.parent != path.parent for shard in shards):
-        raise ValueError(f"The index {path} names files outside its folder; expected plain file names.")
+        raise ValueError(f"The index {path} names files outside its folder; expected plain file names")
     absent = [shard.name for shard in shards if not shard.is_file()]
     if absent:
-        raise ValueError(f"The index {path} names files that do not exist: {_names(absent)}. Download them again.")
+        raise ValueError(f"The index {path} names files that do not exist: {_names(absent)}. Download them again")
     state_dict = _load_shards(path.parent, shards)
     lost = [name for name in weight_map if name not in state_dict]
     if lost:
-        raise ValueError(f"The index {path} names weights that its files do not hold: {_names(lost)}.")
+        raise ValueError(f"The index {path} names weights that its files do not hold: {_names(lost)}")
     return state_dict
 
 
@@ -174,7 +174,7 @@ def _load_shards(folder: Path, shards: list[Path]) -> StateDict:
         part = _load_safetensors(shard)
         twice = [name for name in part if name in state_dict]
         if twice:
-            raise ValueError(f"The folder {folder} holds {_names(twice)} in more than one file; remove the odd one.")
+            raise ValueError(f"The folder {folder} holds {_names(twice)} in more than one file; remove the odd one")
         state_dict.update(part)
     return state_dict
 

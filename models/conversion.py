@@ -55,7 +55,7 @@ def convert_wan_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
         if target in source_of:
             raise ValueError(
                 f"Both {source_of[target]!r} and {source!r} hold the weight {target!r}; "
-                "the state dict mixes two models, pass only one of them."
+                "the state dict mixes two models, pass only one of them"
             )
         if target != plain:
             first_original = first_original or source
@@ -66,7 +66,7 @@ def convert_wan_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
     if first_original and first_diffusers:
         raise ValueError(
             f"The state dict mixes original Wan names (such as {first_original!r}) with diffusers names (such as "
-            f"{first_diffusers!r}); pass weights that use one of the two."
+            f"{first_diffusers!r}); pass weights that use one of the two"
         )
     return converted
 
@@ -112,7 +112,7 @@ def check_state_dict(
     ]
     found = "; ".join(problem for problem in problems if problem)
     if found:
-        raise ValueError(f"The weights do not fit the model of {len(shapes)} tensors: {found}.")
+        raise ValueError(f"The weights do not fit the model of {len(shapes)} tensors: {found}")
 
 
 def _count(kind: str, entries: Iterable[str], shown: int = 5) -> str:

@@ -59,15 +59,15 @@ def new_checkpoint_folder(output: str | Path, overwrite: bool = False) -> Iterat
 def refuse_occupied(target: Path, overwrite: bool) -> None:
     """Raise `ValueError` where `new_checkpoint_folder` would."""
     if target.exists() and not target.is_dir():
-        raise ValueError(f"The output {target} is a file; give the name of a new folder.")
+        raise ValueError(f"The output {target} is a file; give the name of a new folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"The output folder {target} exists and is not empty; name another or pass --overwrite.")
+        raise ValueError(f"The output folder {target} exists and is not empty; name another or pass --overwrite")
     if not (target / "model_index.json").is_file():
         raise ValueError(
             f"The output folder {target} is not empty and holds no model_index.json, so it is not a checkpoint and "
-            "--overwrite does not remove it; name another folder."
+            "--overwrite does not remove it; name another folder"
         )
 
 
@@ -96,7 +96,7 @@ def write_scheduler(folder: Path, denoising_steps: Sequence[float], shift: float
         ValueError: the steps or the shift are not allowed (see `SelfForcingScheduler`).
     """
     if not math.isfinite(shift):
-        raise ValueError(f"The shift is {shift}; it must be a positive number (the published recipes use 5 or 8).")
+        raise ValueError(f"The shift is {shift}; it must be a positive number (the published recipes use 5 or 8)")
     scheduler = SelfForcingScheduler(denoising_steps=list(denoising_steps), shift=shift, warp=warp)
     scheduler.save_pretrained(folder / "scheduler")
 

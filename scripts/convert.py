@@ -73,7 +73,7 @@ def convert_checkpoint(
     for role, source in (("base", base), ("checkpoint", Path(checkpoint)), ("LoRA", Path(lora or base))):
         _refuse_overlap(role, source, output)
     if base.resolve() in output.expanduser().resolve().parents:
-        raise ValueError(f"The output {output} lies in the base folder {base}; name a folder apart from the base.")
+        raise ValueError(f"The output {output} lies in the base folder {base}; name a folder apart from the base")
     with new_checkpoint_folder(output, overwrite) as partial:
         # First what is quick to refuse, then the gigabytes.
         write_scheduler(partial, denoising_steps, shift, warp)
@@ -106,22 +106,22 @@ def convert_checkpoint(
 def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model index and the transformer config of a Wan folder in diffusers layout."""
     if not base.is_dir():
-        raise ValueError(f"The base {base} is not a folder; give a downloaded Wan model in diffusers layout.")
+        raise ValueError(f"The base {base} is not a folder; give a downloaded Wan model in diffusers layout")
     index = read_json(base / "model_index.json")
     config = read_json(base / "transformer" / "config.json")
     if not str(config.get("_class_name", "")).endswith("WanTransformer3DModel"):
         raise ValueError(
             f"The base {base} is not a Wan model: its transformer is a {config.get('_class_name')}, expected a "
-            "WanTransformer3DModel."
+            "WanTransformer3DModel"
         )
     if (index.get("transformer_2") or [None])[0] is not None:
         raise ValueError(
-            f"The base {base} has two transformers (transformer_2, as in Wan2.2-A14B); convert makes models with one."
+            f"The base {base} has two transformers (transformer_2, as in Wan2.2-A14B); convert makes models with one"
         )
     for name in _COPIED_COMPONENTS:
         entry = index.get(name)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[1]) or not (base / name).is_dir():
-            raise ValueError(f"The base {base} has no {name}; give a complete Wan model in diffusers layout.")
+            raise ValueError(f"The base {base} has no {name}; give a complete Wan model in diffusers layout")
     return index, config
 
 
@@ -129,7 +129,7 @@ def _refuse_overlap(role: str, source: Path, output: Path) -> None:
     """Replacing `output` must not delete what is read."""
     read, target = source.expanduser().resolve(), output.expanduser().resolve()
     if read == target or target in read.parents:
-        raise ValueError(f"The {role} {read} lies in the output folder {target}; name another output.")
+        raise ValueError(f"The {role} {read} lies in the output folder {target}; name another output")
 
 
 def _skeleton(config: dict[str, Any], base: Path) -> WanTransformer3DModel:
@@ -144,16 +144,16 @@ def _skeleton(config: dict[str, Any], base: Path) -> WanTransformer3DModel:
 def _read_lora(path: str | Path, scale: float, state_dict: dict[str, torch.Tensor]) -> dict[str, LoraFactors]:
     """A LoRA that was checked against the weights it will be merged into."""
     if not math.isfinite(scale):
-        raise ValueError(f"The strength of the LoRA is {scale}; it must be a number (1 as it was trained).")
+        raise ValueError(f"The strength of the LoRA is {scale}; it must be a number (1 as it was trained)")
     factors = load_lora(path)
     unknown = [name for name in factors if name not in state_dict]
     if unknown:
-        raise ValueError(f"The LoRA {path} is for weights that the model does not have ({', '.join(unknown[:3])}).")
+        raise ValueError(f"The LoRA {path} is for weights that the model does not have ({', '.join(unknown[:3])})")
     for name, factor in factors.items():
         try:
             factor.check_fits(state_dict[name])
         except ValueError as error:
-            raise ValueError(f"The LoRA {path} does not fit the model: {name} has {error}.") from error
+            raise ValueError(f"The LoRA {path} does not fit the model: {name} has {error}") from error
     return factors
 
 
