@@ -10,9 +10,9 @@ from tiny_checkpoint import make_tiny_checkpoint
 
 from wan_autoregressive import WanAutoregressivePipeline
 
-# Small tensors gain nothing from threads, and on a busy machine they lose by an order of magnitude.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+# Small tensors gain nothing from threads, and on a busy machine they lose by an order of magnitude: one, unless
+# OMP_NUM_THREADS says otherwise, for the commands that tests start as well.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 # A failing example of hypothesis is printed as a decorator that repeats it.
 hypothesis.settings.register_profile("printed", print_blob=True)
