@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.minutes <= 0:
         parser.error(f"minutes is {args.minutes}; it must be above 0")
     parts = [part for part in PARTS if args.only is None or part.name in args.only]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part under way ends too
     args.output.mkdir(parents=True, exist_ok=True)
     outcomes = []
     with tempfile.TemporaryDirectory() as scratch:
