@@ -42,10 +42,11 @@ PARTS = (
     Part("graphs", "CUDA graphs", "benchmarks.gpu_kit.graphs:measure", 6, needs_cuda=True),
     _rollout("5b", 704, 1280, share=11),
     _rollout("5b", 480, 832, share=8),
-    _rollout("1.3b", 704, 1280, share=13),
+    _rollout("1.3b", 704, 1280, share=12),
     Part("roofline", "Against bare matrix products and attentions", "benchmarks.gpu_kit.ways:roofline", 4),
     Part("alongside", "Decoding alongside", "benchmarks.gpu_kit.ways:alongside", 5),
     Part("int8", "Keys and values as int8", "benchmarks.gpu_kit.ways:int8", 4),
     Part("attention", "Attention backends", "benchmarks.gpu_kit.attention:measure", 3),
-    Part("compile", "torch.compile", "benchmarks.gpu_kit.ways:compiled", 11),
+    Part("kernels", "Triton kernels", "benchmarks.gpu_kit.kernels:measure", 3, needs_cuda=True),
+    Part("compile", "torch.compile", "benchmarks.gpu_kit.ways:compiled", 9),
 )
