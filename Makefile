@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest --numprocesses 2
 # Tests that compare bits, or with recordings: they have to hold whatever kernels torch picks for a CPU.
 EXACT := golden or test_rollout or streaming_vae or kv_cache or relative_positions or static_addresses or test_resume.py
 
-.PHONY: demo serve test test-browser test-all test-plain-cpu check lint typecheck train-demo clean
+.PHONY: demo serve test test-browser test-kernels test-all test-plain-cpu check lint typecheck train-demo clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,6 +48,11 @@ test-all: $(READY) $(LINKS)
 test-browser: $(READY) $(LINKS)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
 	$(BIN)/pytest -n 0 -s tests/integration/test_live_page.py
+
+# Triton's kernels in its interpreter, which needs no GPU: a process of its own, since the variable is read at import.
+test-kernels: $(READY) $(LINKS)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,triton]'
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 0 tests/gpu/test_triton_kernels.py
 
 test-plain-cpu: $(READY) $(LINKS)
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" -k "$(EXACT)"

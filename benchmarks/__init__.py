@@ -6,6 +6,8 @@
 - `alongside`: decoding while the next chunk is denoised
 - `sweep`: window, resolution, chunk size, position mode, storage of the cache
 - `long_rollout`: does the time per chunk grow?
+- `gpu`: all that needs a GPU, in one command (`docs/GPU.md`)
+- `drift`: what changes over the length of any video (`docs/EVALUATION.md`)
 
 What is compared is measured in turns within one run, so that a busy machine slows all of it alike.
 """

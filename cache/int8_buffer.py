@@ -41,6 +41,7 @@ class Int8Buffer(TokenBuffer):
     """
 
     encode = staticmethod(quantize)
+    decode = staticmethod(dequantize)
 
     @staticmethod
     def slot_bytes(head_dim: int, dtype: torch.dtype) -> int:
@@ -49,13 +50,13 @@ class Int8Buffer(TokenBuffer):
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Slots `[start, stop)` in the dtype of the tokens: a copy."""
         values, scales = self.parts
-        return dequantize(values[:, start:stop], scales[:, start:stop])
+        return self.decode(values[:, start:stop], scales[:, start:stop])
 
     def attended(self, slots: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
         """All slots with `newest` itself in `slots`: a copy, to be dropped after its attention."""
-        return dequantize(*self.parts).index_copy_(1, slots, newest)
+        return self.decode(*self.parts).index_copy_(1, slots, newest)
 
     def seen(self, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """The slots `past` in the dtype of the tokens, and `own` as it was given behind them: a copy."""
         values, scales = self.parts
-        return torch.cat([dequantize(values.index_select(1, past), scales.index_select(1, past)), own], dim=1)
+        return torch.cat([self.decode(values.index_select(1, past), scales.index_select(1, past)), own], dim=1)

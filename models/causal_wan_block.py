@@ -1,6 +1,5 @@
 """The blocks of a causal Wan transformer: attention through a cache, modulation per group of tokens."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         else:
             query, key, value = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
         # Without a cache as upstream, to the bit.
-        rotate = rotate_pairs if kv_cache is None else partial(apply_rotary_emb, in_place=True)
+        rotate = rotate_pairs if kv_cache is None else self.rotate_own
         key = attn.norm_k(key).unflatten(2, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
         value = value.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None and key_rotary_emb is None:
@@ -57,8 +56,16 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         if kv_cache is not None:
             key, value = kv_cache.write(key, value)  # (batch, cached tokens, heads, head_dim)
         if key_rotary_emb is not None:
-            key = apply_rotary_emb(key, *key_rotary_emb)
+            key = self.rotate(key, *key_rotary_emb)
         return _attend(self, attn, query, key, value, attention_mask, self._parallel_config)
+
+    def rotate(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotated keys of the cache `(batch, tokens, heads, head_dim)`: new memory."""
+        return apply_rotary_emb(hidden_states, cos, sin)
+
+    def rotate_own(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotated queries or keys of the chunk, which may be written over."""
+        return apply_rotary_emb(hidden_states, cos, sin, in_place=True)
 
 
 class CausalWanCrossAttnProcessor(WanAttnProcessor):
@@ -136,7 +143,8 @@ class CausalWanTransformerBlock(WanTransformerBlock):
 
         # Without a cache upstream's operations: its hooks may keep what a layer returns.
         is_cached = kv_cache is not None
-        norm = norm_and_modulate if is_cached else norm_then_modulate
+        norm = self.norm_and_modulate if is_cached else norm_then_modulate
+        add = self.add_gated if is_cached else add_gated
 
         # 1. Self-attention
         norm_hidden_states = norm(self.norm1, hidden_states, scale, shift)
@@ -151,7 +159,7 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         )
         if keys_values_only:
             return attn_output
-        hidden_states = add_gated(hidden_states, attn_output, gate, in_place=is_cached)
+        hidden_states = add(hidden_states, attn_output, gate)
 
         # 2. Cross-attention
         norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
@@ -161,7 +169,17 @@ class CausalWanTransformerBlock(WanTransformerBlock):
 
         # 3. Feed-forward
         norm_hidden_states = norm(self.norm3, hidden_states, ff_scale, ff_shift)
-        return add_gated(hidden_states, self.ffn(norm_hidden_states), ff_gate, in_place=is_cached)
+        return add(hidden_states, self.ffn(norm_hidden_states), ff_gate)
+
+    def norm_and_modulate(
+        self, norm: torch.nn.LayerNorm, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+    ) -> torch.Tensor:
+        """Of a cached forward, see the function."""
+        return norm_and_modulate(norm, hidden_states, scale, shift)
+
+    def add_gated(self, hidden_states: torch.Tensor, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Of a cached forward, see the function; `output` may be written over."""
+        return add_gated(hidden_states, output, gate, in_place=True)
 
 
 def norm_then_modulate(

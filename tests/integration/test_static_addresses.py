@@ -4,11 +4,10 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
-import torch
+from recorded_operations import Recording, record_to_replay
 from saved_rollouts import assert_same, noise, start
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.gpu_kit.captured_forwards import CapturedForwards
 from wan_autoregressive import CausalWanTransformer3DModel
 from wan_autoregressive.models.forward_plan import ForwardPlan
 
@@ -17,44 +16,6 @@ CHUNKS_TO_FILL = 3
 
 Kind = tuple[bool, int, int]
 """Whether a forward ends with the last keys and values, its latent frames, and its cache."""
-
-
-class Recording(TorchDispatchMode):
-    """The operations under it and their arguments: tensors that were there before by their address.
-
-    `replay` is what a CUDA graph does: the same operations again, on the same memory and with no Python in between.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[Any] = []
-        self._made: set[int] = set()
-        self._calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        self.operations.append((str(func), *tree_leaves(tree_map(self._described, (args, kwargs)))))
-        before = {_memory(arg) for arg in tree_leaves((args, kwargs)) if isinstance(arg, torch.Tensor)}
-        result = func(*args, **kwargs)
-        self._made |= {_memory(out) for out in tree_leaves(result) if isinstance(out, torch.Tensor)} - before
-        self._calls.append((func, args, kwargs, result))
-        return result
-
-    def replay(self) -> None:
-        for func, args, kwargs, recorded in self._calls:
-            for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, torch.Tensor) and _memory(old) != _memory(new):
-                    old.copy_(new)
-
-    def _described(self, arg: Any) -> Any:
-        if not isinstance(arg, torch.Tensor):
-            return repr(arg)
-        address = "made here" if _memory(arg) in self._made else arg.data_ptr()
-        return repr((address, arg.dtype, tuple(arg.shape), arg.stride()))
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def is_ready(plan: ForwardPlan) -> bool:
@@ -111,36 +72,17 @@ def test_every_step_is_the_same_operations_on_the_same_memory(pipe, forwards, po
 
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("position_mode", ["absolute", "relative", "sink_relative"])
-def test_forwards_that_were_captured_make_the_rest_of_the_video(pipe, monkeypatch, position_mode, kv_dtype):
+def test_forwards_that_were_captured_make_the_rest_of_the_video(pipe, position_mode, kv_dtype):
     """One forward of either kind is captured; all others, a new prompt's as well, are replays of it."""
     options = {**WINDOW, "position_mode": position_mode, "kv_dtype": kv_dtype, "output_type": "latent"}
     options |= {"prompt_schedule": {12: noise(*start(pipe).prompt.embeds.shape)}}
     expected = list(start(pipe, **options))
-
-    captured: dict[bool, tuple[Recording, torch.Tensor | None]] = {}
-    replays = 0
-    forward = CausalWanTransformer3DModel.forward
-
-    def capture_or_replay(self, *args, attention_kwargs, **kwargs):
-        nonlocal replays
-        plan = attention_kwargs["plan"]
-        if rollout.chunks_done < CHUNKS_TO_FILL or not is_ready(plan):
-            return forward(self, *args, attention_kwargs=attention_kwargs, **kwargs)
-        if plan.keys_values_only not in captured:
-            with Recording() as recording:
-                (flow,) = forward(self, *args, attention_kwargs=attention_kwargs, **kwargs)
-            captured[plan.keys_values_only] = recording, flow
-        else:
-            replays += 1
-            captured[plan.keys_values_only][0].replay()
-        flow = captured[plan.keys_values_only][1]
-        return (None if flow is None else flow.clone(),)
-
-    monkeypatch.setattr(CausalWanTransformer3DModel, "forward", capture_or_replay)
-    rollout = start(pipe, **options)
-    assert_same(list(rollout), expected)
-    # Of 9 chunks of 2 steps and a clean pass. A new prompt's first step is computed, and the re-cache replaces a pass.
-    assert replays == (2 * 9 - 1 - 1) + (9 - 1 - 1)
+    with CapturedForwards(pipe.transformer, capture=record_to_replay) as forwards:
+        assert_same(list(start(pipe, **options)), expected)
+    # From the chunk that fills the window on there are 10 of 2 steps, and 9 of them have a clean pass. One of each is
+    # captured; a new prompt's first step is computed, and its re-cache replaces a pass.
+    assert forwards.graphs == 2
+    assert forwards.replays == (2 * 10 - 1 - 1) + (9 - 1 - 1)
 
 
 def test_guidance_has_its_own_memory_for_either_prompt(pipe, forwards):
