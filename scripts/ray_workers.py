@@ -45,8 +45,8 @@ def render_on_ray(make_maker: Callable[[], Maker], jobs: Sequence[Job], spread: 
         RuntimeError: no worker can be started; the message says why.
     """
     folder = jobs[0].output.parent
-    folder.mkdir(exist_ok=True)
     with _connected(spread) as gpus, tqdm(total=len(jobs), unit="video", disable=None) as bar:
+        folder.mkdir(exist_ok=True)
         crews = Crews(make_maker, jobs, spread.workers or 1, gpus)
         states: Counter[str] = Counter()
         with contextlib.closing(crews):
@@ -202,8 +202,9 @@ class Crews:
 
 def _reason(error: Exception) -> str:
     """What happened to a worker, in one line."""
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayActorError, RayError, RayTaskError
 
-    if isinstance(error, RayTaskError):
-        return describe_error(error.cause)
-    return "its process died" if isinstance(error, RayActorError) else describe_error(error)
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayActorError):
+        return "its process died"
+    return str(cause).splitlines()[0] if isinstance(cause, RayError) else describe_error(cause)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,13 @@ def test_what_failed_here_is_said_and_the_rest_is_made(tiny_checkpoint: Path, tm
     assert "0002.mp4: prompt is too long" in err
     assert "1 of 2 videos failed: 0002.mp4" in err
     assert sorted(contents(folder)) == ["0001.json", "0001.mp4"]
+
+
+def test_without_ray_workers_are_refused(tiny_checkpoint: Path, tmp_path: Path, capfd, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code = cli.main(list_words(tiny_checkpoint, tmp_path / "videos", "--workers", "2"))
+    assert_refused(code, capfd, "--workers needs Ray, which is not here: pip install 'wan-autoregressive[ray]'")
+    assert not (tmp_path / "videos").exists()
 
 
 @pytest.mark.parametrize(
