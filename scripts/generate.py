@@ -5,22 +5,21 @@ Everything that can be checked without the model is checked before it is loaded:
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import yaml
 
 from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.configs.prompt_times import LATENT_PIXEL_FRAMES
-from wan_autoregressive.scripts.earlier_runs import finished_seed
-from wan_autoregressive.scripts.errors import VideoIsWholeError, describe_error, print_error, print_note
+from wan_autoregressive.scripts.errors import print_note
 from wan_autoregressive.scripts.generate_flags import GenerateArguments, parse_flags
-from wan_autoregressive.scripts.generate_inputs import Job, Pixels, check_prompts, load_given, plan_jobs, read_prompts
+from wan_autoregressive.scripts.generate_inputs import Pixels, check_prompts, load_given, plan_jobs, read_prompts
 from wan_autoregressive.scripts.interrupts import leave_at_once
 from wan_autoregressive.scripts.load_pipeline import (
     check_model_folder,
@@ -29,13 +28,11 @@ from wan_autoregressive.scripts.load_pipeline import (
     with_model_defaults,
 )
 from wan_autoregressive.scripts.output_lock import hold_output
-from wan_autoregressive.scripts.render_job import Outcome, RenderWorker, config_of
+from wan_autoregressive.scripts.ray_workers import render_on_ray
+from wan_autoregressive.scripts.render_job import RenderWorker, config_of
 from wan_autoregressive.scripts.resumable_render import Checkpointing, find_progress
 from wan_autoregressive.scripts.run_report import dry_run_text
-
-
-class VideosFailedError(RuntimeError):
-    """Some of the videos of a prompts file could not be made."""
+from wan_autoregressive.scripts.video_list import print_outcome, render_in_order, render_shared, report_all
 
 
 def main(words: Sequence[str]) -> int:
@@ -70,10 +67,13 @@ def main(words: Sequence[str]) -> int:
         with hold_output(jobs[0].output):
             progress = find_progress(jobs[0].output, config_of(config, jobs[0]), given, checkpointing)
             with _worker(arguments, checkpointing, given) as worker:
-                _print_outcome(worker.make(jobs[0], progress))
+                print_outcome(worker.make(jobs[0], progress))
+    elif arguments.spread.workers is not None:
+        report_all(render_on_ray(partial(_load_worker_elsewhere, arguments), jobs, arguments.spread), len(jobs))
     else:
+        render = render_shared if arguments.spread.share else render_in_order
         with _worker(arguments, checkpointing, given) as worker:
-            _render_all(worker, jobs)
+            report_all(render(worker, jobs), len(jobs))
     return 0
 
 
@@ -82,7 +82,7 @@ def _checkpointing(arguments: GenerateArguments) -> Checkpointing | None:
         return None
     if arguments.config.rollout.strength is not None:
         raise ValueError("a video made from another cannot be saved half way; leave out --checkpoint-every")
-    return Checkpointing(arguments.checkpoint_every, arguments.resume)
+    return Checkpointing(arguments.checkpoint_every, arguments.resume or arguments.spread.is_used)
 
 
 @contextmanager
@@ -90,10 +90,23 @@ def _worker(
     arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
 ) -> Iterator[RenderWorker]:
     """Load the model; within the block a signal waits for the end of a chunk if that is then saved."""
+    worker = _load_worker(arguments, checkpointing, given)
+    with worker.stop.soften() if checkpointing is not None else nullcontext():
+        yield worker
+
+
+def _load_worker_elsewhere(arguments: GenerateArguments) -> RenderWorker:
+    """Load the model in another process than the one that read the flags."""
+    return _load_worker(arguments, _checkpointing(arguments), load_given(arguments.config))
+
+
+def _load_worker(
+    arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
+) -> RenderWorker:
     config = arguments.config
     start = time.perf_counter()
     pipe = load_pipeline(config)
-    worker = RenderWorker(
+    return RenderWorker(
         pipe,
         config,
         seed=secrets.randbelow(2**32) if config.seed is None else config.seed,
@@ -104,8 +117,6 @@ def _worker(
         decode_alongside=arguments.decode_alongside,
         tell=print_note,
     )
-    with worker.stop.soften() if checkpointing is not None else nullcontext():
-        yield worker
 
 
 def estimate_of(pipe: Any, config: GenerateConfig, given: Pixels | None) -> Any:
@@ -129,33 +140,3 @@ def _print_dry_run(config: GenerateConfig, prompts: list[str], given: Pixels | N
         if warning is not None:
             print_note(warning)
     print(dry_run_text(with_model_defaults(config, pipe), estimate, videos=len(prompts)))
-
-
-def _render_all(worker: RenderWorker, jobs: list[Job]) -> None:
-    """Render the videos that are not there yet, going on after one that fails."""
-    jobs[0].output.parent.mkdir(exist_ok=True)
-    # One seed for all: a prompt gives the same video alone and in a list.
-    seeds = (finished_seed(job.output, config_of(worker.config, job)) for job in jobs)
-    worker = dataclasses.replace(worker, seed=next((seed for seed in seeds if seed is not None), worker.seed))
-    failed = []
-    for job in jobs:
-        outcome = worker.render(job)
-        if outcome.error is None:
-            _print_outcome(outcome)
-        else:
-            print_error(f"{job.output.name}: {describe_error(outcome.error)}")
-            failed.append(job.output.name)
-        worker.stop.check()
-    if failed:
-        raise VideosFailedError(f"{len(failed)} of {len(jobs)} videos failed: {', '.join(failed)}")
-
-
-def _print_outcome(outcome: Outcome) -> None:
-    try:
-        print(outcome.summary, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise VideoIsWholeError(
-            f"'{outcome.job.output}' is whole, but standard output cannot be written: {error.strerror}"
-        ) from error

@@ -19,11 +19,14 @@ from wan_autoregressive.configs.prompt_times import read_changes, split_timed_pr
 from wan_autoregressive.configs.read_yaml import parse_yaml
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.demo import DEMO
+from wan_autoregressive.scripts.spread_flags import Spread
 
 _EVERYDAY = ("prompt", "output", "model", "num_frames", "height", "width", "seed", "image", "video")  # and --config
-_FIRST, _RUN, _FILE, _ROLLOUT = (
+_FIRST, _RUN, _LIST, _FILE, _ROLLOUT = (
     Group(name, sort_key=number)
-    for number, name in enumerate(("Everyday", "This run", "Inputs, file and machine", "Rollout"))
+    for number, name in enumerate(
+        ("Everyday", "This run", "Many videos, many machines", "Inputs, file and machine", "Rollout")
+    )
 )
 
 
@@ -42,6 +45,7 @@ class GenerateArguments:
     """Chunks between two saved states."""
     resume: bool
     decode_alongside: bool
+    spread: Spread
 
 
 def parse_flags(words: Sequence[str]) -> GenerateArguments | None:
@@ -113,6 +117,7 @@ def _read(
     resume: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
     decode_alongside: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
     debug: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
+    spread: Annotated[Spread | None, Parameter(name="*", group=_LIST, negative="")] = None,
 ) -> GenerateArguments:
     """Read the flags.
 
@@ -135,9 +140,12 @@ def _read(
     files: list[Any] = [config if config is not None and is_settings_file(config) else None]
     files += [layer.get("prompt_changes") for layer in (file, flags)]
     files += [resolved.image, resolved.video, resolved.prompts]
+    spread = spread or Spread()
+    spread.check(resolved)
     inputs = tuple(Path(name) for name in files if isinstance(name, str | Path))
     return GenerateArguments(
-        resolved, inputs, model is not None, print_config, dry_run, checkpoint_every, resume, decode_alongside
+        *(resolved, inputs, model is not None, print_config, dry_run, checkpoint_every, resume, decode_alongside),
+        spread=spread,
     )
 
 

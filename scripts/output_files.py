@@ -45,6 +45,11 @@ class OutputFiles:
         """Named after the part, which `x.mp4` and `x.MP4` share."""
         return self.video.with_name(f".{self.part.name}.lock")
 
+    @property
+    def lease(self) -> Path:
+        """The lock of runs that share a list; its age counts."""
+        return self.video.with_name(f".{self.part.name}.lease")
+
 
 def check_output_files(output: Path, inputs: Iterable[Path], contact_sheet: bool) -> None:
     """Check that a video and all that comes with it can be written without harm, touching nothing.

@@ -27,6 +27,7 @@ from wan_autoregressive.media.video_writer import VideoWriteError, VideoWriter
 from wan_autoregressive.scripts.earlier_runs import first_difference
 from wan_autoregressive.scripts.interrupts import SoftStop
 from wan_autoregressive.scripts.output_files import OutputFiles
+from wan_autoregressive.scripts.output_lock import StillHeld, never_lost
 from wan_autoregressive.scripts.run_report import STAGES, RunTimes, write_chunk
 
 _SEGMENTS = re.compile(r"segment-\d+(\.part)?\.mp4")
@@ -137,6 +138,7 @@ def render_resumable(
     chunks: int | None,
     stop: SoftStop,
     decode_alongside: bool = False,
+    still_held: StillHeld = never_lost,
 ) -> RunTimes:
     """Render the rest of a video, saving it every `every_chunks` chunks, and join all of it to `output`.
 
@@ -149,8 +151,10 @@ def render_resumable(
         chunks: how many there will be, for the bar.
         stop: looked at after every chunk.
         decode_alongside: decode a chunk while the next one is denoised, but for the last one before a checkpoint.
+        still_held: asked before a state is saved and before the video is joined.
 
     Raises:
+        OutputLostError: as `still_held` says; nothing is touched that another run may have written.
         Stopped: a stop was requested. What is done is saved and playable, as after any failure.
         ValueError: the saved state is damaged or of other weights.
         VideoWriteError, OSError: something could not be written.
@@ -160,12 +164,13 @@ def render_resumable(
     folder.mkdir(exist_ok=True)
     _remove_segments(folder, keep={segment.name for segment in progress.segments})
     with (
-        _kept_on_failure(output, progress),
+        _kept_on_failure(output, progress, still_held),
         tqdm(total=chunks, initial=rollout.chunks_done, desc=output.name, unit="chunk", disable=None) as bar,
     ):
         while not rollout.done:
             stop.check()
-            _render_segment(rollout, config, folder, progress, every_chunks, stop, bar, decode_alongside)
+            _render_segment(rollout, config, folder, progress, every_chunks, stop, bar, decode_alongside, still_held)
+        still_held()
         start = time.perf_counter()
         found = join_segments([folder / segment.name for segment in progress.segments], output)
         if found != progress.frames:
@@ -191,6 +196,14 @@ def discard(output: Path, keep_part: bool = False) -> None:
         files.part.unlink(missing_ok=True)
 
 
+def saved_frames(output: Path) -> int:
+    """Pixel frames of an unfinished video that its saved state covers; 0 where there is none."""
+    try:
+        return Progress.of_folder(OutputFiles(output).resume_folder).frames
+    except ValueError:
+        return 0
+
+
 def _render_segment(
     rollout: Any,
     config: GenerateConfig,
@@ -200,6 +213,7 @@ def _render_segment(
     stop: SoftStop,
     bar: Any,
     decode_alongside: bool,
+    still_held: StillHeld,
 ) -> None:
     """Render up to `every_chunks` chunks to a new segment and save the state that goes with it."""
     from wan_autoregressive.pipelines.state_folder import file_sha256
@@ -218,17 +232,19 @@ def _render_segment(
         name=path.name, frames=writer.frames_written, bytes=path.stat().st_size, sha256=file_sha256(path)
     )
     times.total_s = time.perf_counter() - start
+    still_held()
     after = dataclasses.replace(progress, segments=[*progress.segments, segment], times=times)
     rollout.save(folder, notes=dataclasses.asdict(after))
     progress.segments, progress.times = after.segments, after.times
 
 
 @contextlib.contextmanager
-def _kept_on_failure(output: Path, progress: Progress) -> Iterator[None]:
+def _kept_on_failure(output: Path, progress: Progress, still_held: StillHeld) -> Iterator[None]:
     """Put what is done into a playable `x.part.mp4` when the block fails, and say so with the error."""
     try:
         yield
     except BaseException as error:
+        still_held()  # or else what is there is another run's
         folder, part = OutputFiles(output).resume_folder, OutputFiles(output).part
         covered = [folder / segment.name for segment in progress.segments]
         # Beyond the last checkpoint there may be a segment that was not finished, or not yet saved with a state.
@@ -239,9 +255,9 @@ def _kept_on_failure(output: Path, progress: Progress) -> Iterator[None]:
             frames = _join_playable(covered, rest[:1], part)
             notes.append(f"{frames} frames are in '{part}'")
         # Asked of the folder: the error may have come right after a state was saved.
-        saved_frames = _saved_frames(folder)
-        if saved_frames:
-            notes.append(f"{saved_frames} frames are saved; run the same command with --resume to go on from there")
+        saved = saved_frames(output)
+        if saved:
+            notes.append(f"{saved} frames are saved; run the same command with --resume to go on from there")
         elif notes or not rest:
             discard(output, keep_part=True)
         error.__notes__ = notes or getattr(error, "__notes__", [])  # instead of the segment writer's
@@ -254,14 +270,6 @@ def _join_playable(covered: list[Path], rest: list[Path], output: Path) -> int:
         return join_segments([*covered, *rest], output)
     except (ValueError, VideoWriteError):
         return join_segments(covered, output)
-
-
-def _saved_frames(folder: Path) -> int:
-    """Pixel frames in the segments that the saved state covers; 0 where there is none."""
-    try:
-        return Progress.of_folder(folder).frames
-    except ValueError:
-        return 0
 
 
 def _check_segment(path: Path, expected: Segment) -> None:

@@ -1,0 +1,210 @@
+"""Workers of `wan-ar generate --workers N`, on one machine or many that see one folder.
+
+Ray finds machines and GPUs, starts processes and says when one is gone. What is here: a video is handed to a worker
+that is up, one at a time; a worker that dies is replaced, and its video goes on from its last checkpoint wherever a
+worker is free. Videos, states and reports are files in the output folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from wan_autoregressive.scripts.errors import describe_error, print_note
+from wan_autoregressive.scripts.generate_inputs import Job
+from wan_autoregressive.scripts.interrupts import handle_stops, raise_stopped
+from wan_autoregressive.scripts.ray_crew import Crew, Maker
+from wan_autoregressive.scripts.render_job import Outcome
+from wan_autoregressive.scripts.resumable_render import saved_frames
+from wan_autoregressive.scripts.spread_flags import Spread
+from wan_autoregressive.scripts.video_list import with_manifest
+
+TRIES = 3
+"""Workers that may die at one video without getting on, or fail to start in a row, before that is given up."""
+MANIFEST = "manifest.jsonl"
+_PATIENCE_S = 60.0
+
+
+def render_on_ray(make_maker: Callable[[], Maker], jobs: Sequence[Job], spread: Spread) -> Iterator[Outcome]:
+    """Render jobs on `spread.workers` workers, with a bar on a terminal and a line for each in `manifest.jsonl` beside
+    the videos. Outcomes come as they are ready.
+
+    Args:
+        make_maker: Called once in every worker, in the folder that this process is in; it is sent there by pickle.
+
+    Raises:
+        ValueError: Ray is not installed, or this machine does not have the GPUs.
+        ConnectionError: there is no cluster at the address.
+        RuntimeError: no worker can be started; the message says why.
+    """
+    folder = jobs[0].output.parent
+    with _connected(spread) as gpus, tqdm(total=len(jobs), unit="video", disable=None) as bar:
+        folder.mkdir(exist_ok=True)
+        crews = Crews(make_maker, jobs, spread.workers or 1, gpus)
+        states: Counter[str] = Counter()
+        with contextlib.closing(crews):
+            for outcome in with_manifest(crews.outcomes(), folder / MANIFEST):
+                states[outcome.state] += 1
+                bar.set_postfix(states, refresh=False)
+                bar.update()
+                with tqdm.external_write_mode():
+                    yield outcome
+
+
+@contextlib.contextmanager
+def _connected(spread: Spread) -> Iterator[int]:
+    """Ray, for the block; gives the GPUs of a worker."""
+    local = spread.ray_address is None
+    if local:
+        # Or else Ray takes the address of an interface for its own, and listens there.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--workers needs Ray, which is not here: pip install 'wan-autoregressive[ray]'") from error
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
+    if local:
+        slots = (spread.workers or 1) * max(1, spread.gpus_per_video or 1)
+        ray.init(address="local", num_cpus=slots, include_dashboard=False, **quiet)
+    else:
+        ray.init(address=spread.ray_address, **quiet)
+    try:
+        there = int(ray.cluster_resources().get("GPU", 0))
+        gpus = min(there, 1) if spread.gpus_per_video is None else spread.gpus_per_video
+        if local and gpus > there:
+            raise ValueError(f"--gpus-per-video is {gpus}, and this machine has {there} GPUs; see also --ray-address")
+        with handle_stops(raise_stopped):  # Ray has put a handler in the place of ours
+            yield gpus
+    finally:
+        ray.shutdown()
+
+
+class Crews:
+    """Hands jobs to workers that are up, and replaces those that die.
+
+    Args:
+        workers: How many there are at most.
+        gpus: Of each.
+    """
+
+    def __init__(self, make_maker: Callable[[], Maker], jobs: Sequence[Job], workers: int, gpus: int) -> None:
+        self._make_maker, self._gpus = make_maker, gpus
+        self._todo, self._num_jobs = deque(jobs), len(jobs)
+        self._deaths: dict[Path, tuple[int, int]] = {}
+        """Of a video: workers that died at it since it last got on, and the frames that it had then."""
+        self._failed_starts, self._start_error = 0, ""
+        self._busy: dict[Any, Crew] = {}
+        """By what they were asked and have not answered."""
+        self._idle: list[Crew] = []
+        for _ in range(min(workers, len(jobs))):
+            self._start()
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """What became of each job, as it is known.
+
+        Raises:
+            RuntimeError: no worker can be started.
+        """
+        import ray
+
+        left, told = self._num_jobs, False
+        while left:
+            if not self._busy:
+                raise RuntimeError(f"no worker can be started: {self._start_error}")
+            answered, _ = ray.wait(list(self._busy), timeout=_PATIENCE_S)
+            if not answered and not told and all(crew.job is None for crew in self._busy.values()):
+                print_note(f"waiting for a worker; each needs a CPU and {self._gpus} GPUs: {ray.cluster_resources()}")
+                told = True
+            for answer in answered:
+                outcome = self._take(self._busy.pop(answer), answer)
+                if outcome is not None:
+                    left -= 1
+                    yield outcome
+
+    def close(self) -> None:
+        """End all workers at once. What they were at is as after a crash: it can be gone on with."""
+        for crew in {id(crew): crew for crew in [*self._busy.values(), *self._idle]}.values():
+            crew.end()
+
+    def _start(self) -> None:
+        self._wait_for(Crew(self._make_maker, self._gpus))
+
+    def _wait_for(self, crew: Crew) -> None:
+        self._busy |= dict.fromkeys(crew.asked, crew)
+
+    def _take(self, crew: Crew, answer: Any) -> Outcome | None:
+        """Take an answer of a crew and hand it what is next, if that was the last one of it."""
+        from ray.exceptions import RayError
+
+        try:
+            if not crew.take(answer):
+                return None
+        except RayError as error:
+            outcome = self._lose(crew, error)
+        else:
+            outcome = self._hear(crew)
+            self._idle.append(crew)
+        while self._idle and self._todo:
+            crew = self._idle.pop()
+            crew.begin(self._todo.popleft())
+            self._wait_for(crew)
+        return outcome
+
+    def _hear(self, crew: Crew) -> Outcome | None:
+        if crew.job is None:  # it is up
+            crew.name, self._failed_starts = crew.answer, 0
+            return None
+        outcome, lines = crew.answer
+        for line in lines:
+            print_note(line)
+        if outcome.state == "held":  # by the process of a worker that Ray took for dead, or another run
+            return self._try_again(crew, outcome.reason)
+        return replace(outcome, worker=crew.name)
+
+    def _lose(self, crew: Crew, error: Exception) -> Outcome | None:
+        """End what is left of a crew, and start another one in its place."""
+        for asked in crew.asked:
+            self._busy.pop(asked, None)
+        crew.end()
+        if crew.job is None:
+            self._failed_starts += 1
+            self._start_error = _reason(error)
+            outcome = None
+        else:
+            outcome = self._try_again(crew, f"worker {crew.name} ended: {_reason(error)}")
+        if self._failed_starts < TRIES:
+            self._start()
+        return outcome
+
+    def _try_again(self, crew: Crew, reason: str) -> Outcome | None:
+        """Put the job of a crew back on the list, or give it up."""
+        job = crew.job
+        assert job is not None
+        frames = saved_frames(job.output)
+        deaths, frames_before = self._deaths.get(job.output, (0, frames))
+        deaths = 1 if frames > frames_before else deaths + 1
+        self._deaths[job.output] = deaths, frames
+        if deaths == TRIES:
+            return Outcome(job, "failed", reason=f"{reason} ({TRIES} times in a row)", worker=crew.name)
+        print_note(f"{job.output}: {reason}; it is tried again")
+        self._todo.append(job)
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """What happened to a worker, in one line."""
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayActorError):
+        return "its process died"
+    return str(cause).splitlines()[0] if isinstance(cause, RayError) else describe_error(cause)
