@@ -19,7 +19,8 @@ LAYERS = [
     ("models",),
     ("pipelines",),
     ("server",),
-    ("scripts", "integrations"),
+    ("scripts",),
+    ("integrations",),
 ]
 PIPELINE_LAYERS = [
     *(("components",), ("denoiser",), ("samplers",), ("switching",), ("rollout",), ("session",)),
