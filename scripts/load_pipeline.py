@@ -139,6 +139,16 @@ def load_pipeline(config: GenerateConfig) -> Any:
             pipe.vae = _load_tiny_vae(config.tiny_vae, config.tiny_vae_latents, dtype)
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    set_scheduler(pipe, config)
+    if config.vae_tiling:
+        if config.tiny_vae is not None:
+            raise ValueError("vae_tiling and tiny_vae do not go together: a tiny VAE needs no tiles; leave one out")
+        pipe.vae.enable_tiling()
+    return pipe
+
+
+def set_scheduler(pipe: Any, config: GenerateConfig) -> None:
+    """Give the pipeline a scheduler with the shift, warp and steps of `config`, where it says any."""
     overrides = {name: getattr(config, name) for name in ("shift", "warp") if getattr(config, name) is not None}
     if config.rollout.denoising_steps is not None:
         overrides["denoising_steps"] = config.rollout.denoising_steps
@@ -146,11 +156,6 @@ def load_pipeline(config: GenerateConfig) -> Any:
         from wan_autoregressive.schedulers import SelfForcingScheduler
 
         pipe.scheduler = SelfForcingScheduler.from_config(pipe.scheduler.config, **overrides)
-    if config.vae_tiling:
-        if config.tiny_vae is not None:
-            raise ValueError("vae_tiling and tiny_vae do not go together: a tiny VAE needs no tiles; leave one out")
-        pipe.vae.enable_tiling()
-    return pipe
 
 
 def _load_tiny_vae(path: Path, latent_space: Any, dtype: Any) -> Any:
