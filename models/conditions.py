@@ -38,9 +38,7 @@ class BlockTextConditions:
         image: Those of an image that is attended to beside the text; the same under every prompt.
     """
 
-    def __init__(
-        self, key: torch.Tensor, value: torch.Tensor, image: "BlockTextConditions | None" = None
-    ) -> None:
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, image: "BlockTextConditions | None" = None) -> None:
         self.key = key
         """Normalised."""
         self.value = value

@@ -74,12 +74,17 @@ class WanTextEncoder:
 
 
 class WanImageEncoder:
-    """An image to the embeddings that `WanImageToVideoPipeline` gives to cross-attention: CLIP's second to last layer.
-    """
+    """An image to embeddings exactly as in `WanImageToVideoPipeline`: CLIP's second to last layer."""
 
     def __init__(self, image_processor: Any, image_encoder: torch.nn.Module) -> None:
         self.image_processor = image_processor
         self.image_encoder = image_encoder
+
+    @property
+    def num_tokens(self) -> int:
+        """One for each patch, and one for the whole image."""
+        config = self.image_encoder.config
+        return (config.image_size // config.patch_size) ** 2 + 1
 
     def encode(self, image: Any) -> torch.Tensor:
         """`(1, image_tokens, image_dim)` of an image of any size; the encoder runs where it is."""

@@ -116,8 +116,8 @@ def check_image(components: WanComponents, image: Any) -> None:
     config = components.transformer.config
     if image is None:
         raise ValueError(
-            f"this transformer is conditioned on an image ({config.in_channels} input and {config.out_channels} output "
-            "channels); pass image"
+            f"this transformer is conditioned on an image ({config.in_channels} input and {config.out_channels} "
+            "output channels); pass image"
         )
     if components.codec is None:
         raise ValueError("the image has to be encoded, and this pipeline has no VAE; add it")

@@ -373,9 +373,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         condition = None
         if condition_image is not None:
             total_frames = components.frame_grid(config).total_frames
-            condition = encode_image_condition(
-                components, condition_image, height, width, batch_size, total_frames
-            )
+            condition = encode_image_condition(components, condition_image, height, width, batch_size, total_frames)
         if video_latents is None and given_frames:
             given = [image] if video is None else video
             video_latents = components.encode_video(given, height, width, batch_size)

@@ -1,6 +1,6 @@
 """Transformers that are conditioned on an image, against diffusers' own pipeline and its transformer."""
 
-import json
+import itertools
 import shutil
 from dataclasses import dataclass, field
 
@@ -11,10 +11,14 @@ from diffusers import WanImageToVideoPipeline
 from naive_video import CHANNELS, TEXT_DIM, Frame, NaiveTransformer, randn
 from PIL import Image
 from saved_rollouts import assert_same, generator, start, state_of
+from saved_runs import frames_of
 from wan22_folder import make_i2v_a14b_folder, make_i2v_folder
 
 from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler, WanAutoregressivePipeline
+from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.image_condition import ImageCondition, encode_image_condition
+from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts import cli
 from wan_autoregressive.scripts.load_pipeline import check_model_folder
@@ -22,6 +26,8 @@ from wan_autoregressive.scripts.load_pipeline import check_model_folder
 BOUND = 1e-4  # float32
 FOLDERS = {"i2v": make_i2v_folder, "i2v-a14b": make_i2v_a14b_folder}
 CONDITION_CHANNELS = 4 + CHANNELS
+GUIDANCE = 3.0
+ENDS = (1, 4, 7)  # of chunks
 
 
 def picture(height: int = 40, width: int = 56, seed: int = 0) -> Image.Image:
@@ -120,44 +126,36 @@ def test_the_frames_of_a_condition():
 class NaiveImageVideo:
     """Every forward runs all frames so far, past ones at t = 0, each with its part of the condition."""
 
-    experts: list[NaiveTransformer]
+    transformer: NaiveTransformer
     condition: torch.Tensor
     window: int | None = None
     sink: int = 0
     switch: int | None = None
     """First frame of the second prompt; all before it were then rebuilt under that, in sight of each other."""
-    chunks: tuple[int, ...] = (1, 3, 3, 2)
     finished: list[torch.Tensor] = field(default_factory=list)
 
-    def make(self, noise: torch.Tensor, sigmas: list[float], guidance: float) -> torch.Tensor:
-        """One step of Euler for each sigma: with one transformer what solver `unipc` of order 1 would do."""
-        ends = np.cumsum(self.chunks)
-        for start, end in zip([0, *ends], ends, strict=False):
-            x = noise[:, :, start:end]
-            for sigma, following in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+    def make(self, noise: torch.Tensor, sigmas: list[float], source: torch.Generator) -> torch.Tensor:
+        for first, end in itertools.pairwise((0, *ENDS)):
+            x = noise[:, :, first:end]
+            for sigma, following in zip(sigmas, [*sigmas[1:], None], strict=True):
                 wanted, negative = (self._flow(x, sigma, prompt, end) for prompt in (0, 2))
-                flow = negative + guidance * (wanted - negative)
-                x = self._stepped(x, flow, sigma, following)
+                x = x - sigma * (negative + GUIDANCE * (wanted - negative))
+                if following is not None:
+                    x = (1 - following) * x + following * torch.randn(x.shape, generator=source)
             self.finished += x.split(1, dim=2)
         return torch.cat(self.finished, dim=2)
 
-    @staticmethod
-    def _stepped(x: torch.Tensor, flow: torch.Tensor, sigma: float, following: float) -> torch.Tensor:
-        fresh = torch.zeros_like(x)  # the noise source of the test
-        return (1 - following) * (x - sigma * flow) + following * fresh
-
     def _flow(self, x: torch.Tensor, sigma: float, prompt: int, end: int) -> torch.Tensor:
-        done = len(self.finished)
-        rebuilt = 0
+        done, rebuilt = len(self.finished), 0
         if prompt == 0 and self.switch is not None and done >= self.switch:
             prompt, rebuilt = 1, self.switch
         frames = []
         for number, latents in enumerate([*self.finished, *x.split(1, dim=2)]):
-            chunk_end = int(next(stop for stop in np.cumsum(self.chunks) if number < stop))
-            sees = self._seen(max(rebuilt, chunk_end) if number < done else end)
+            own_end = next(stop for stop in ENDS if number < stop)
+            sees = self._seen(max(rebuilt, own_end) if number < done else end)
             latents = torch.cat([latents, self.condition[:, :, number : number + 1]], dim=1)
             frames.append(Frame(latents, 0.0 if number < done else 1000 * sigma, number, sees, prompt))
-        return self.experts[0].flow(frames)[:, :, done:]
+        return self.transformer.flow(frames)[:, :, done:]
 
     def _seen(self, end: int) -> dict[int, int]:
         first = 0 if self.window is None else max(0, end - (self.window - self.sink))
@@ -165,45 +163,193 @@ class NaiveImageVideo:
 
 
 @pytest.mark.parametrize(
-    "case",
-    [{}, {"switch": 4}, {"switch": 1}, {"window": 5, "sink": 1}, {"clip": False, "window": 4}],
-    ids=lambda case: str(case) or "plain",
+    ("sees_clip", "case"),
+    [(True, {}), (True, {"switch": 4}), (False, {"switch": 1}), (False, {"window": 5, "sink": 1})],
+    ids=["plain", "switch at 4", "no CLIP, switch at 1", "no CLIP, window"],
 )
-def test_cached_equals_recomputed(case, monkeypatch):
-    case = dict(case)
-    clip = {"image_dim": 8, "added_kv_proj_dim": 40} if case.pop("clip", True) else {}
+def test_cached_equals_recomputed(sees_clip, case):
     prompts = [randn(2, 6, TEXT_DIM, seed=seed) for seed in (1, 2, 3)]
-    image = randn(2, 5, 8, seed=6) if clip else None
-    naive = NaiveTransformer(
-        prompts=prompts, sizes={"in_channels": CHANNELS + CONDITION_CHANNELS, **clip}, image=image
-    )
-    condition = randn(2, CONDITION_CHANNELS, 9, 4, 4, seed=7)
-    noise = randn(2, CHANNELS, 9, 4, 4, seed=4)
+    sizes = {"in_channels": CHANNELS + CONDITION_CHANNELS}
+    sizes |= {"image_dim": 8, "added_kv_proj_dim": 40} if sees_clip else {}
+    embeds = randn(2, 5, 8, seed=6) if sees_clip else None
+    naive = NaiveTransformer(prompts=prompts, sizes=sizes, image=embeds)
+    condition, noise = randn(2, CONDITION_CHANNELS, 7, 4, 4, seed=7), randn(2, CHANNELS, 7, 4, 4, seed=4)
+    condition[:, :, 6:] = condition[:, :, 5:6]  # as far from the image
     scheduler = SelfForcingScheduler(denoising_steps=(1000, 700, 300), shift=3.0)
-    sigmas = [float(sigma) for sigma in scheduler.sigmas[:3]]
-    expected = NaiveImageVideo([naive], condition, **case).make(noise, sigmas, guidance=3.0)
+    scheduler.set_timesteps()
+    sigmas = scheduler.sigmas[:3].tolist()
+    expected = NaiveImageVideo(naive, condition, **case).make(noise, sigmas, generator(5))
 
-    zeros = "wan_autoregressive.schedulers.self_forcing_scheduler.draw_noise"
-    monkeypatch.setattr(zeros, lambda shape, generator, device, dtype: torch.zeros(shape, dtype=dtype))
-    pipe = naive.pipeline((1000, 700, 300))
-    pipe.scheduler = scheduler
-    monkeypatch.setattr("wan_autoregressive.pipelines.input_checks.check_image", lambda *_: None)
-    monkeypatch.setattr("wan_autoregressive.pipelines.pipeline_wan_autoregressive.check_image", lambda *_: None)
-    monkeypatch.setattr(
-        "wan_autoregressive.pipelines.pipeline_wan_autoregressive.encode_image_condition",
-        lambda *_: ImageCondition(condition[:, :, :9], image),
-    )
-    rollout = pipe.rollout(
-        image=picture(),
-        prompt_embeds=prompts[0],
-        negative_prompt_embeds=prompts[2],
-        guidance_scale=3.0,
+    window = {"window_frames": case.get("window"), "sink_frames": case.get("sink", 0)}
+    config = RolloutConfig(32, 32, 25, first_chunk_frames=1, guidance_scale=GUIDANCE, output_type="latent", **window)
+    rollout = WanRollout(
+        WanComponents(naive.causal, scheduler),
+        config,
+        PromptState(prompts[0]),
+        prompts[2],
+        prompt_schedule={case["switch"]: PromptState(prompts[1])} if "switch" in case else {},
+        generator=generator(5),
         latents=noise,
-        first_chunk_frames=1,
-        window_frames=case.get("window"),
-        sink_frames=case.get("sink", 0),
-        output_type="latent",
-        prompt_schedule=None if "switch" not in case else {case["switch"]: prompts[1]},
+        image=ImageCondition(condition[:, :, :6], embeds),
     )
     made = torch.cat([chunk.latents for chunk in rollout], dim=2)
     torch.testing.assert_close(made, expected, rtol=0, atol=BOUND)
+
+
+# Saved, forked, begun again.
+
+
+def options(seed: int = 0) -> dict:
+    own = {"first_chunk_frames": 1, "window_frames": 6, "sink_frames": 1, "guidance_scale": 2.0}
+    return {**own, "num_frames": 37, "prompt_schedule": {4: "rain"}, "generator": generator(seed)}
+
+
+@pytest.mark.parametrize(
+    "sampler", ["chunkwise", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rolling", "memory_bank"))]
+)
+def test_resumed_and_forked_equal_uninterrupted(i2v, name, sampler, tmp_path):
+    settings = {"chunkwise": {}, "rolling": {"first_chunk_frames": None, "window_frames": 15, "sink_frames": 0}}
+    settings["memory_bank"] = {"memory_bank_frames": 1, "window_frames": 6, "sink_frames": 1}
+    own = {**settings[sampler], "sampler": sampler}
+    if name == "i2v-a14b" and sampler == "rolling":
+        pytest.skip("two transformers take chunk after chunk")
+    expected = list(begin(i2v, **options() | own))
+    rollout = begin(i2v, **options() | own)
+    for _ in range(2):
+        rollout.step()
+    rollout.save(tmp_path / "state")
+    resumed, twin = i2v.resume(tmp_path / "state"), rollout.fork()
+    if sampler == "chunkwise":
+        assert state_of(resumed) == state_of(rollout)
+    assert_same(list(resumed), expected[2:])
+    assert_same(list(twin), expected[2:])
+
+
+def test_begun_again_it_is_the_same_video_and_of_another_image_another(i2v):
+    fixed = {"latents": randn(1, CHANNELS, 7, 4, 4), "denoising_steps": (1000, 850, 300), "num_frames": 25}
+    fixed |= {"num_inference_steps": None, "solver": "renoise", "first_chunk_frames": 1}
+    rollout = begin(i2v, **fixed, generator=generator())
+    first = list(rollout)
+    other = list(begin(i2v, **fixed, generator=generator(), image=picture(seed=1)))
+    assert not any(torch.equal(one.latents, two.latents) for one, two in zip(first, other, strict=True))
+    rollout.reset()
+    rollout.noise.generator.manual_seed(0)
+    assert_same(list(rollout), first)
+
+
+def test_the_image_is_encoded_once(i2v, monkeypatch):
+    """And what it takes is what the estimate says."""
+    calls = []
+    encode = i2v.vae.encoder.forward
+    monkeypatch.setattr(i2v.vae.encoder, "forward", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    rollout = begin(i2v, **options())
+    encoded = len(calls)
+    assert encoded == 10  # latent frames
+    list(rollout)
+    assert len(calls) == encoded
+    settings = {key: value for key, value in options().items() if key not in ("prompt_schedule", "generator")}
+    estimate = i2v.estimate(height=32, width=32, num_inference_steps=4, **settings)
+    assert rollout.denoiser.text_kv_bytes == estimate.text_kv_bytes
+    assert rollout.denoiser.kv_cache_bytes == estimate.kv_cache_bytes
+    assert rollout.nbytes > rollout.denoiser.image.nbytes
+
+
+def test_a_clip_is_gone_on_with_under_its_image(i2v):
+    """Given latents of a video that was made are cached as its own chunks were."""
+    noise = randn(1, CHANNELS, 7, 4, 4)
+    fixed = {"solver": "unipc", "output_type": "latent", "num_frames": 25, "first_chunk_frames": 1}
+    first, *others = begin(i2v, **fixed, latents=noise)
+    given = begin(i2v, **fixed, latents=noise[:, :, 1:], video_latents=first.latents)
+    for chunk, expected in zip(list(given)[1:], others, strict=True):
+        assert torch.equal(chunk.latents, expected.latents)
+
+
+# Folders and the command.
+
+
+@pytest.mark.slow
+def test_a_folder_is_saved_as_it_was(i2v, folders, name, tmp_path):
+    i2v.save_pretrained(tmp_path)
+    check_model_folder(tmp_path)
+    again = loaded(tmp_path)
+    assert type(again.transformer) is CausalWanTransformer3DModel
+    expected, made = (torch.cat([c.latents for c in begin(pipe, **options())], 2) for pipe in (i2v, again))
+    assert torch.equal(made, expected)
+    stock = WanImageToVideoPipeline.from_pretrained(tmp_path)
+    assert (stock.image_encoder is None) == (name == "i2v-a14b")
+    from_pipe = WanAutoregressivePipeline.from_pipe(WanImageToVideoPipeline.from_pretrained(folders[name]))
+    made = torch.cat([chunk.latents for chunk in begin(from_pipe, **options())], 2)
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_video_from_an_image(folders, name, tmp_path, capsys):
+    picture().save(tmp_path / "x.png")
+    words = ["--model", str(folders[name]), "--prompt", "a red circle", "--height", "32", "--width", "32"]
+    words += ["--num-frames", "13", "--num-inference-steps", "4", "--device", "cpu", "--seed", "0"]
+    assert cli.main(["generate", *words, "--output", str(tmp_path / "no.mp4")]) == 2
+    assert "conditioned on an image (36 input and 16 output channels); pass image" in capsys.readouterr().err
+    words += ["--image", str(tmp_path / "x.png"), "--output", str(tmp_path / "x.mp4")]
+    assert cli.main(["generate", *words, "--dry-run"]) == 0
+    assert "latent_frames: 4" in capsys.readouterr().out
+    assert cli.main(["generate", *words]) == 0
+    assert len(frames_of(tmp_path / "x.mp4")) == 13
+
+
+# Refusals, before any model runs.
+
+
+def test_what_cannot_work_is_refused(i2v, folders, name, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a model ran")
+
+    pipe = loaded(folders[name])
+    for model in (pipe.text_encoder, pipe.transformer, pipe.vae.encoder, pipe.image_encoder):
+        if model is not None:
+            monkeypatch.setattr(model, "forward", fail)
+    cases = [({"image": None}, "pass image"), ({"image": None, "video_latents": randn(1, CHANNELS, 1, 4, 4)}, "pass")]
+    cases += [({"sampler": "recompute", "window_frames": 6, "switch_policy": "blend"}, "numbers frames anew")] * (
+        name == "i2v"
+    )
+    for settings, message in cases:
+        with pytest.raises(ValueError, match=message):
+            begin(pipe, **settings)
+    vae, encoder = pipe.vae, pipe.image_encoder
+    pipe.vae = None
+    with pytest.raises(ValueError, match="has no VAE"):
+        begin(pipe, output_type="latent")
+    pipe.vae = vae
+    if encoder is not None:
+        pipe.image_encoder = None
+        with pytest.raises(ValueError, match="lacks the image_encoder or the image_processor"):
+            begin(pipe)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"in_channels": 33}, "takes 33 and gives 16 channels .* or 20 more for a mask and an image"),
+        ({"in_channels": 36, "pos_embed_seq_len": 10, "image_dim": 24}, "a first and a last frame"),
+    ],
+)
+def test_transformers_that_are_conditioned_otherwise(pipe, config, message):
+    transformer = CausalWanTransformer3DModel.from_config({**pipe.transformer.config, **config})
+    other = WanAutoregressivePipeline(**{**pipe.components, "transformer": transformer})
+    with pytest.raises(ValueError, match=message):
+        begin(other)
+
+
+def test_a_folder_without_its_image_encoder(folders, tmp_path):
+    shutil.copytree(folders["i2v"], tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "image_encoder")
+    with pytest.raises(ValueError, match="there is no folder 'image_encoder' in it"):
+        check_model_folder(tmp_path / "copy")
+
+
+def test_a_state_keeps_its_image_and_fits_no_other_model(i2v, pipe, tmp_path):
+    rollout = begin(i2v, **options())
+    rollout.save(tmp_path / "seen")
+    image = i2v.resume(tmp_path / "seen").denoiser.image
+    assert torch.equal(image.channels, rollout.denoiser.image.channels)
+    with pytest.raises(ValueError, match=r"config\.(added_kv_proj_dim was 80|in_channels was 36)"):
+        pipe.resume(tmp_path / "seen")
