@@ -155,8 +155,8 @@ class ConditionMemory:
         """Memory for the keys and values of so many tokens in all blocks, one for each of `images`."""
         shape, blocks = (like.shape[0], tokens, *like.shape[2:]), []
         for index, image in enumerate(images):
-            memory = [self._text_kv.empty((name, index, of), shape, like.dtype, like.device) for of in ("k", "v")]
-            blocks.append(BlockTextConditions(*memory, image))
+            key, value = (self._text_kv.empty((name, index, of), shape, like.dtype, like.device) for of in ("k", "v"))
+            blocks.append(BlockTextConditions(key, value, image))
         return blocks
 
     def rotary(self, name: Hashable, geometry: Hashable, make: Callable[[], RotaryEmbedding]) -> RotaryEmbedding:

@@ -83,8 +83,8 @@ class WanImageEncoder:
     @property
     def num_tokens(self) -> int:
         """One for each patch, and one for the whole image."""
-        config = self.image_encoder.config
-        return (config.image_size // config.patch_size) ** 2 + 1
+        config: Any = self.image_encoder.config
+        return int((config.image_size // config.patch_size) ** 2 + 1)
 
     def encode(self, image: Any) -> torch.Tensor:
         """`(1, image_tokens, image_dim)` of an image of any size; the encoder runs where it is."""
