@@ -15,7 +15,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from wan_autoregressive.configs.choices import OutputType
 from wan_autoregressive.configs.rollout_config import RolloutConfig, RolloutSettings
@@ -105,7 +105,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         transformer_2: CausalWanTransformer3DModel | WanTransformer3DModel | None = None,
         boundary_ratio: float | None = None,
         image_encoder: CLIPVisionModel | None = None,
-        image_processor: CLIPImageProcessor | None = None,
+        image_processor: Any = None,
     ) -> None:
         super().__init__()
         transformer, transformer_2 = _as_causal(transformer), _as_causal(transformer_2)

@@ -21,6 +21,7 @@ from wan_autoregressive.pipelines.image_condition import ImageCondition, encode_
 from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts import cli
+from wan_autoregressive.scripts.costs.sizes import ModelSizes
 from wan_autoregressive.scripts.load_pipeline import check_model_folder
 
 BOUND = 1e-4  # float32
@@ -344,6 +345,8 @@ def test_a_folder_without_its_image_encoder(folders, tmp_path):
     shutil.rmtree(tmp_path / "copy" / "image_encoder")
     with pytest.raises(ValueError, match="there is no folder 'image_encoder' in it"):
         check_model_folder(tmp_path / "copy")
+    with pytest.raises(ValueError, match="conditioned on an image, which is not counted here"):
+        ModelSizes.of_folder(folders["i2v"])
 
 
 def test_a_state_keeps_its_image_and_fits_no_other_model(i2v, pipe, tmp_path):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wan_autoregressive import CausalWanTransformer3DModel, WanAutoregressivePipeline
 from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
+from wan_autoregressive.scripts.costs.weight_formats import formatted_bytes
 
 
 def has(package: str) -> pytest.MarkDecorator:
@@ -130,6 +131,18 @@ def test_a_rollout_is_that_of_the_weights_scaled_back(form, quantized, tiny_chec
         same = plain(tiny_checkpoint)
         same.transformer.load_state_dict(back)
         torch.testing.assert_close(made, latents_of(same), rtol=0, atol=1e-4)
+
+
+def test_its_bytes_are_those_of_the_estimate(form, quantized, pipe):
+    name = next(name for name, other in FORMATS.items() if other is form).removesuffix(" dynamic").lower()
+    held = sum(bytes_of(weight) for weight in quantized.transformer.state_dict().values())
+    assert held == formatted_bytes(pipe.transformer, name)
+
+
+def bytes_of(weight: torch.Tensor) -> int:
+    if is_traceable_wrapper_subclass(weight):
+        return sum(getattr(weight, part).nbytes for part in weight.__tensor_flatten__()[0])
+    return weight.as_subclass(torch.Tensor).nbytes
 
 
 def test_resumed_equals_uninterrupted(quantized, tmp_path):
