@@ -32,8 +32,8 @@ class StageCounts(AllocationCounts):
 class _StageCounter:
     """Follows one `step()` from stage to stage, by what the models are called with.
 
-    A step begins with the clean pass of the chunk before it, if there is one, which is a single forward; then comes
-    denoising, which begins with a forward in append mode; a call of the VAE ends it.
+    A step begins with the clean pass of the chunk before it, if there is one, which is a forward of each transformer;
+    then comes denoising; a call of the VAE ends it.
     """
 
     def __init__(self, rollout: WanRollout, on_operation: Callable[[str, Any, tuple[Any, ...]], None] | None) -> None:
@@ -48,15 +48,16 @@ class _StageCounter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        transformer, codec = self._rollout.components.transformer, self._rollout.components.codec
+        components, hooks = self._rollout.components, []
         with ExitStack() as stack:
-            hooks = [
-                transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-                transformer.register_forward_hook(self._after_forward, with_kwargs=True),
-            ]
-            for index, block in enumerate(transformer.blocks):
-                hooks.append(block.attn1.to_out[0].register_forward_pre_hook(self._note_attention(index)))
-            for module in (codec.vae.post_quant_conv, codec.vae.decoder) if codec is not None else ():
+            for transformer in components.transformers:
+                hooks += [
+                    transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                    transformer.register_forward_hook(self._after_forward, with_kwargs=True),
+                ]
+                for index, block in enumerate(transformer.blocks):
+                    hooks.append(block.attn1.to_out[0].register_forward_pre_hook(self._note_attention(index)))
+            for module in () if components.codec is None else _first_to_decode(components.codec.vae):
                 hooks.append(module.register_forward_pre_hook(lambda *_: self._enter("decode")))
             for hook in hooks:
                 stack.callback(hook.remove)
@@ -78,8 +79,7 @@ class _StageCounter:
         return lambda *_: self._attending_blocks.append(index)
 
     def _before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if not kwargs["attention_kwargs"]["plan"].keys_values_only:
-            self._enter("denoise")
+        self._enter("clean_pass" if kwargs["attention_kwargs"]["plan"].keys_values_only else "denoise")
         self._attending_blocks.clear()
 
     def _after_forward(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -90,6 +90,13 @@ class _StageCounter:
         attended = (place for i in self._attending_blocks for place in block_caches[i].planned_places)
         counts.kv_read_bytes += per_token * sum(stop - start for start, stop in attended)
         self._enter("denoise")
+
+
+def _first_to_decode(vae: Any) -> tuple[Any, ...]:
+    """The modules of which one is called first, in Wan's VAE or in the tiny one, which has its layers called."""
+    if hasattr(vae, "post_quant_conv"):
+        return vae.post_quant_conv, vae.decoder
+    return (vae.decoder[0],)
 
 
 def count_step(

@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_wan import (
     WanAttention,
     WanAttnProcessor,
     WanTransformerBlock,
+    _get_added_kv_projections,
     _get_qkv_projections,
 )
 
@@ -57,7 +58,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
             key, value = kv_cache.write(key, value)  # (batch, cached tokens, heads, head_dim)
         if key_rotary_emb is not None:
             key = self.rotate(key, *key_rotary_emb)
-        return _attend(self, attn, query, key, value, attention_mask, self._parallel_config)
+        return _project(attn, _attend(self, query, key, value, attention_mask, self._parallel_config))
 
     def rotate(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotated keys of the cache `(batch, tokens, heads, head_dim)`: new memory."""
@@ -80,29 +81,45 @@ class CausalWanCrossAttnProcessor(WanAttnProcessor):
         rotary_emb: RotaryEmbedding | None = None,
         text: BlockTextConditions | None = None,
     ) -> torch.Tensor:
-        """`encoder_hidden_states` `(batch, text_tokens, dim)` may be `None` once `text` is filled."""
+        """`encoder_hidden_states` `(batch, tokens, dim)`, those of an image first, may be `None` once `text` is
+        filled."""
         if text is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         if not text.is_filled:
-            if attn.fused_projections:
-                key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-            else:
-                key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-            text.fill(attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
-        return _attend(self, attn, query, text.key, text.value, attention_mask)
+            assert encoder_hidden_states is not None
+            _fill(text, attn, encoder_hidden_states)
+        attended = _attend(self, query, text.key, text.value, attention_mask)
+        if text.image is not None:
+            attended = attended + _attend(self, query, text.image.key, text.image.value, None)
+        return _project(attn, attended)
+
+
+def _fill(text: BlockTextConditions, attn: WanAttention, embedded: torch.Tensor) -> None:
+    """Compute the keys and values of a prompt, and of the image beside it where they are missing."""
+    image = text.image
+    if image is not None:
+        tokens = image.key.shape[1]
+        if not image.is_filled:
+            key, value = _get_added_kv_projections(attn, embedded[:, :tokens])
+            image.fill(attn.norm_added_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
+        embedded = embedded[:, tokens:]
+    if attn.fused_projections:
+        key, value = attn.to_kv(embedded).chunk(2, dim=-1)
+    else:
+        key, value = attn.to_k(embedded), attn.to_v(embedded)
+    text.fill(attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
 
 
 def _attend(
     processor: WanAttnProcessor,
-    attn: WanAttention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     parallel_config: Any = None,
 ) -> torch.Tensor:
-    """Attention with the processor's backend, heads joined and projected: `(batch, tokens, dim)`."""
+    """Attention with the processor's backend, heads joined: `(batch, tokens, dim)`."""
     hidden_states = dispatch_attention_fn(
         query,
         key,
@@ -113,7 +130,10 @@ def _attend(
         backend=processor._attention_backend,
         parallel_config=parallel_config,
     )
-    hidden_states = hidden_states.flatten(2, 3).type_as(query)
+    return hidden_states.flatten(2, 3).type_as(query)
+
+
+def _project(attn: WanAttention, hidden_states: torch.Tensor) -> torch.Tensor:
     return attn.to_out[1](attn.to_out[0](hidden_states))
 
 

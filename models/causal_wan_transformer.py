@@ -74,11 +74,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Predict the flow of one chunk.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Noisy latents.
+            hidden_states (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Noisy latents, and
+                behind them those of a condition where the model has more input than output channels.
             timestep (`torch.Tensor`): `(batch,)`, or `(batch, n)` with n = 1, one per frame, or one per token
                 (counted after patching).
             encoder_hidden_states (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`): Prompt embeddings. Zero
                 padding is attended to, as in Wan.
+            encoder_hidden_states_image (`torch.Tensor` of shape `(batch, image_tokens, image_dim)`, *optional*): Of
+                the image, for a model that attends to one. Without a plan there must be 512 text tokens, as upstream.
             attention_kwargs (`dict`, *optional*): `kv_cache` is the [`WanKVCache`] to attend through and to write,
                 in its current mode; `plan` a [`ForwardPlan`] that [`plan_forward`] made for that cache; `scale` the
                 LoRA scale.
@@ -161,6 +164,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         memory: ConditionMemory | None = None,
         timestep: Hashable = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states_image: torch.Tensor | None = None,
         keep_frames: int | None = None,
         view: PastFrames | None = None,
     ) -> ForwardPlan:
@@ -173,7 +177,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             hidden_states: The forward's, for its shape and device.
             keys_values_only (`bool`): End with the last block's keys and values in the cache; there is no flow then.
             memory ([`ConditionMemory`], *optional*): Of the video, with `timestep` (one for the whole chunk, or a
-                tuple with one per frame) and `encoder_hidden_states` as they will be passed to the forward.
+                tuple with one per frame) and the encoder's hidden states as they will be passed to the forward.
             keep_frames (`int`, *optional*): Frames of the chunk, from the first on, that the cache holds afterwards;
                 all by default. With 0 the cache is left as it is.
             view ([`PastFrames`], *optional*): What the chunk sees of the past; all that is held by default.
@@ -216,9 +220,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             plan.key_rotary_emb = tables("cached", key_positions)
         if memory is not None and timestep is not None:
             plan.time = memory.time(timestep)
-        has_image_keys = self.config.added_kv_proj_dim is not None
-        if memory is not None and encoder_hidden_states is not None and not has_image_keys:
-            plan.text = memory.text(encoder_hidden_states, len(self.blocks), like)
+        if memory is not None and encoder_hidden_states is not None:
+            plan.text = memory.text(encoder_hidden_states, len(self.blocks), like, encoder_hidden_states_image)
         return plan
 
     def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1, kv_cache: WanKVCache | None = None) -> int:

@@ -38,6 +38,9 @@ class ChunkEncoder(Protocol):
         """The next pixels in [-1, 1], `(batch, 3, frames, height, width)`, as latents: `1 + k *
         scale_factor_temporal` frames in the first call, `k * scale_factor_temporal` in later ones."""
 
+    def state(self) -> list[torch.Tensor]:
+        """What later latents depend on beside their pixels. Not to be written to."""
+
 
 class VideoCodec(Protocol):
     """A VAE as a rollout sees it."""

@@ -5,7 +5,7 @@ offload hooks have them in place.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +35,14 @@ class BlockTextConditions:
 
     Args:
         key, value (`torch.Tensor` of shape `(batch, text_tokens, heads, head_dim)`): Memory for them.
+        image: Those of an image that is attended to beside the text; the same under every prompt.
     """
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, image: "BlockTextConditions | None" = None) -> None:
         self.key = key
         """Normalised."""
         self.value = value
+        self.image = image
         self.is_filled = False
 
     def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -63,7 +65,7 @@ class TextConditions:
     """Which prompt's memory they are in."""
     blocks: list[BlockTextConditions]
     projected: torch.Tensor | None = None
-    """`(batch, text_tokens, dim)`, as long as a block may need it."""
+    """`(batch, tokens, dim)`, those of an image first, as long as a block may need it."""
 
     @property
     def is_complete(self) -> bool:
@@ -90,6 +92,7 @@ class ConditionMemory:
         """Drop everything. Needed after a change of weights in place; a change of LoRA adapters is noticed."""
         self._times: OrderedDict[Hashable, TimeConditions] = OrderedDict()
         self._texts: OrderedDict[Hashable, TextConditions] = OrderedDict()
+        self._image: tuple[torch.Tensor, list[BlockTextConditions]] | None = None
         self._rotary: dict[Hashable, tuple[Hashable, RotaryEmbedding]] = {}
 
     @property
@@ -100,7 +103,7 @@ class ConditionMemory:
 
     @property
     def text_kv_bytes(self) -> int:
-        """Bytes of the memory for the prompts' keys and values."""
+        """Bytes of the memory for the keys and values of prompts and of an image."""
         return self._text_kv.nbytes
 
     def notice_adapters(self, model: nn.Module) -> None:
@@ -122,25 +125,39 @@ class ConditionMemory:
         held = (self._static.copy_in((of, groups), getattr(known, of)) for of in ("temb", "modulation"))
         return TimeConditions(*held)
 
-    def text(self, embeds: torch.Tensor, num_blocks: int, like: torch.Tensor) -> TextConditions:
+    def text(
+        self, embeds: torch.Tensor, num_blocks: int, like: torch.Tensor, image_embeds: torch.Tensor | None = None
+    ) -> TextConditions:
         """Of the embeddings `(batch, text_tokens, text_dim)` in this very tensor, as long as nothing is written to it.
 
         Args:
             like: Of any length, `(batch, tokens, heads, head_dim)`, as keys will be.
+            image_embeds: `(batch, image_tokens, image_dim)` of an image that is attended to as well.
         """
+        images: Sequence[BlockTextConditions | None] = [None] * num_blocks
+        if image_embeds is not None:
+            if self._image is None or self._image[0] is not image_embeds:
+                self._texts.clear()  # they point to the keys and values of another image
+                self._image = image_embeds, self._blocks("image", image_embeds.shape[1], like, images)
+            images = self._image[1]
         key = id(embeds), 0 if embeds.is_inference() else embeds._version
         if key not in self._texts:
             place = len(self._texts)
             if place == self._num_prompts:
                 place = self._texts.popitem(last=False)[1].place  # the least recently used one makes room
-            shape = embeds.shape[0], embeds.shape[1], *like.shape[2:]
-            blocks = []
-            for index in range(num_blocks):
-                memory = [self._text_kv.empty((place, index, of), shape, like.dtype, like.device) for of in ("k", "v")]
-                blocks.append(BlockTextConditions(*memory))
-            self._texts[key] = TextConditions(embeds, place, blocks)
+            self._texts[key] = TextConditions(embeds, place, self._blocks(place, embeds.shape[1], like, images))
         self._texts.move_to_end(key)
         return self._texts[key]
+
+    def _blocks(
+        self, name: Hashable, tokens: int, like: torch.Tensor, images: Sequence[BlockTextConditions | None]
+    ) -> list[BlockTextConditions]:
+        """Memory for the keys and values of so many tokens in all blocks, one for each of `images`."""
+        shape, blocks = (like.shape[0], tokens, *like.shape[2:]), []
+        for index, image in enumerate(images):
+            key, value = (self._text_kv.empty((name, index, of), shape, like.dtype, like.device) for of in ("k", "v"))
+            blocks.append(BlockTextConditions(key, value, image))
+        return blocks
 
     def rotary(self, name: Hashable, geometry: Hashable, make: Callable[[], RotaryEmbedding]) -> RotaryEmbedding:
         """Tables by name, made anew where they are not those of `geometry`."""

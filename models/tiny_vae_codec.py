@@ -41,6 +41,9 @@ class TinyChunkEncoder:
         self._done += latents.shape[2]
         return normalize_latents(self._vae, latents).float()
 
+    def state(self) -> list[torch.Tensor]:
+        return [tensor for name, tensor in self._stream.state_dict().items() if name != "meta"]
+
 
 class TinyVaeCodec:
     """The codec of [`AutoencoderTinyWan`]."""

@@ -36,6 +36,9 @@ class WanVaeEncoder:
         vae = self._stream.vae
         return normalize_latents(vae, self._stream.encode(video.to(vae.dtype)).mode()).float()
 
+    def state(self) -> list[torch.Tensor]:
+        return [tensor for name, tensor in self._stream.state_dict().items() if name != "meta"]
+
 
 class WanVaeCodec:
     """The codec of diffusers' `AutoencoderKLWan`, of Wan 2.1 and of Wan2.2-5B."""

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _SAMPLES = 64
 """Values looked at in each tensor, evenly spread. Training or fusing a LoRA changes practically all of a tensor."""
@@ -17,7 +18,7 @@ class WeightsFingerprint:
     """Digests, in hex, of what the tensors of a model are called and look like, and of a sample of their values."""
 
     layout: str
-    """Names, shapes and dtypes, and which adapters are active at which strength."""
+    """Names, shapes, dtypes and formats, and which adapters are active at which strength."""
     values: str | None
     """None where weights are not in memory (sequential offload)."""
 
@@ -35,7 +36,7 @@ def weights_fingerprint(model: torch.nn.Module) -> WeightsFingerprint:
     identity = ([(name, tensor.data_ptr(), _version(tensor)) for name, tensor in tensors], adapters)
     if model in _known and _known[model][0] == identity:
         return _known[model][1]
-    layout = [[name, list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors]
+    layout = [[name, list(tensor.shape), str(tensor.dtype), *_format(tensor)] for name, tensor in tensors]
     found = WeightsFingerprint(
         layout=hashlib.sha256(json.dumps([layout, adapters]).encode()).hexdigest(),
         values=_digest_values([tensor for _, tensor in tensors]),
@@ -45,7 +46,28 @@ def weights_fingerprint(model: torch.nn.Module) -> WeightsFingerprint:
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    """By name; of a quantised weight all that it is made of, such as numbers and scales."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            tensors |= _plain(name, value)
+    return tensors
+
+
+def _plain(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensor itself, or what torchao's kind of tensor holds, which has no memory of its own."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {name: tensor}
+    parts: dict[str, torch.Tensor] = {}
+    for part in tensor.__tensor_flatten__()[0]:
+        parts |= _plain(f"{name}.{type(tensor).__name__}.{part}", getattr(tensor, part))
+    return parts
+
+
+def _format(tensor: torch.Tensor) -> list[str]:
+    """Of GGUF, whose weights are bytes in blocks of one format or another."""
+    quant_type = getattr(tensor, "quant_type", None)
+    return [] if quant_type is None else [str(quant_type)]
 
 
 def _adapters(model: torch.nn.Module) -> list[Any]:

@@ -17,7 +17,7 @@ _OUR_CLASSES = {
 _TRANSFORMERS = ("WanTransformer3DModel", "CausalWanTransformer3DModel")
 _VAES = ("AutoencoderKLWan",)
 # Entries of other Wan pipelines' folders that say nothing to this one.
-_NOT_OURS = ("expand_timesteps", "image_encoder", "image_processor")
+_NOT_OURS = ("expand_timesteps",)
 
 
 def swap_component_classes(config_dict: dict[str, Any]) -> dict[str, Any]:

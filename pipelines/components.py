@@ -16,7 +16,7 @@ from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models import CausalWanTransformer3DModel, VideoCodec
 from wan_autoregressive.pipelines.frame_grid import FrameGrid, latent_frames_of, pixel_frames_of
 from wan_autoregressive.pipelines.prompts import Prompt, PromptState, check_prompt, expand_to_batch
-from wan_autoregressive.pipelines.video_frames import as_unit_floats
+from wan_autoregressive.pipelines.video_frames import as_pil, as_unit_floats
 from wan_autoregressive.schedulers import SelfForcingScheduler
 from wan_autoregressive.schedulers.step_solver import new_solver
 
@@ -73,6 +73,26 @@ class WanTextEncoder:
         return self._get_t5_prompt_embeds(texts, max_sequence_length=max_sequence_length, device=device)
 
 
+class WanImageEncoder:
+    """An image to embeddings exactly as in `WanImageToVideoPipeline`: CLIP's second to last layer."""
+
+    def __init__(self, image_processor: Any, image_encoder: torch.nn.Module) -> None:
+        self.image_processor = image_processor
+        self.image_encoder = image_encoder
+
+    @property
+    def num_tokens(self) -> int:
+        """One for each patch, and one for the whole image."""
+        config: Any = self.image_encoder.config
+        return int((config.image_size // config.patch_size) ** 2 + 1)
+
+    def encode(self, image: Any) -> torch.Tensor:
+        """`(1, image_tokens, image_dim)` of an image of any size; the encoder runs where it is."""
+        device = get_module_execution_device(self.image_encoder)
+        inputs = self.image_processor(images=as_pil(image), return_tensors="pt").to(device)
+        return self.image_encoder(**inputs, output_hidden_states=True).hidden_states[-2]
+
+
 @dataclass(frozen=True)
 class WanComponents:
     """The models of a video. A pipeline makes them of its own; a test may make them of anything."""
@@ -87,6 +107,8 @@ class WanComponents:
     """The second of a pair of experts (Wan2.2-A14B), for steps below the boundary."""
     boundary_ratio: float | None = None
     """Of a pair, the share of the training timesteps from which `transformer` denoises."""
+    image_encoder: WanImageEncoder | None = None
+    """For a transformer that attends to an image."""
 
     @property
     def transformers(self) -> list[CausalWanTransformer3DModel]:
@@ -99,6 +121,12 @@ class WanComponents:
         if self.transformer_2 is None or self.boundary_ratio is None:
             return None
         return self.boundary_ratio * float(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def condition_channels(self) -> int:
+        """Input channels beside those of the noisy latents: of a mask and of an image's latents, or 0."""
+        config = self.transformer.config
+        return config.in_channels - config.out_channels
 
     # Where, and how large.
 

@@ -22,6 +22,7 @@ from wan_autoregressive.models.causal_wan_transformer import CausalWanTransforme
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.models.forward_plan import PastFrames
 from wan_autoregressive.pipelines.components import WanComponents
+from wan_autoregressive.pipelines.image_condition import ImageCondition
 from wan_autoregressive.pipelines.offload import make_room
 from wan_autoregressive.pipelines.prompts import PromptState
 
@@ -51,13 +52,19 @@ class Expert:
     Args:
         caches: For the prompt and, with guidance, for the negative one.
         attention_kwargs: Passed to the transformer; `scale` is the LoRA scale.
+        image: What the transformer is conditioned on beside the prompt.
     """
 
     def __init__(
-        self, transformer: CausalWanTransformer3DModel, caches: list[WanKVCache], attention_kwargs: dict[str, Any]
+        self,
+        transformer: CausalWanTransformer3DModel,
+        caches: list[WanKVCache],
+        attention_kwargs: dict[str, Any],
+        image: ImageCondition | None = None,
     ) -> None:
         self.transformer = transformer
         self.caches = caches
+        self.image = image
         self._attention_kwargs = attention_kwargs
         self.conditions = ConditionMemory(num_prompts=len(caches))
         self._inputs = StaticBuffers()
@@ -99,7 +106,7 @@ class Expert:
         self, latents: torch.Tensor, window: Window, branch: int, embeds: torch.Tensor, context_only: bool
     ) -> torch.Tensor | None:
         transformer, cache, timesteps = self.transformer, self.caches[branch], window.timesteps
-        latents = self._inputs.copy_in(("latents", latents.shape[2]), latents, transformer.dtype)
+        latents = self._with_image(latents, window.frames)
         plan = transformer.plan_forward(
             latents,
             cache,
@@ -108,6 +115,7 @@ class Expert:
             memory=self.conditions,
             timestep=timesteps[0] if len(timesteps) == 1 else timesteps,
             encoder_hidden_states=embeds,
+            encoder_hidden_states_image=self._image_embeds,
             keep_frames=window.keep_frames,
             view=window.past,
         )
@@ -115,12 +123,30 @@ class Expert:
             hidden_states=latents,
             timestep=self._timesteps(timesteps, latents),
             encoder_hidden_states=embeds,
+            encoder_hidden_states_image=self._image_embeds,
             frame_offset=window.frames.start,
             attention_kwargs={**self._attention_kwargs, "kv_cache": cache, "plan": plan},
             return_dict=False,
         )[0]
         cache.end_forward()
         return flow
+
+    def _with_image(self, latents: torch.Tensor, frames: range) -> torch.Tensor:
+        """`(batch, in_channels, frames, height, width)` in the transformer's dtype: the latents of these frames, and
+        behind them the channels of the image."""
+        name, dtype = ("latents", latents.shape[2]), self.transformer.dtype
+        if self.image is None:
+            return self._inputs.copy_in(name, latents, dtype)
+        parts = latents, self.image.of(frames)
+        channels = sum(part.shape[1] for part in parts)
+        joined = self._inputs.empty(name, (len(latents), channels, *latents.shape[2:]), dtype, latents.device)
+        for part, place in zip(parts, joined.split([part.shape[1] for part in parts], dim=1), strict=True):
+            place.copy_(part)
+        return joined
+
+    @property
+    def _image_embeds(self) -> torch.Tensor | None:
+        return None if self.image is None else self.image.embeds
 
     def _timesteps(self, timesteps: tuple[float, ...], latents: torch.Tensor) -> torch.Tensor:
         """`(batch, 1)` or `(batch, frames)`, filled on the device, since a copy to it would wait."""
@@ -149,7 +175,7 @@ class Expert:
         config = transformer.config
         latents = embeds.new_zeros(embeds.shape[0], config.in_channels, *config.patch_size, dtype=transformer.dtype)
         like = latents.new_empty(len(latents), 0, config.num_attention_heads, config.attention_head_dim)
-        text = self.conditions.text(embeds, len(transformer.blocks), like)
+        text = self.conditions.text(embeds, len(transformer.blocks), like, self._image_embeds)
         if not text.is_complete:
             plan = transformer.plan_forward(latents)
             plan.text = text
@@ -157,6 +183,7 @@ class Expert:
                 hidden_states=latents,
                 timestep=latents.new_zeros(len(latents), dtype=torch.float32),
                 encoder_hidden_states=embeds,
+                encoder_hidden_states_image=self._image_embeds,
                 attention_kwargs={**self._attention_kwargs, "plan": plan},
                 return_dict=False,
             )
@@ -189,7 +216,8 @@ class Expert:
         self._attention_kwargs = state["attention_kwargs"]
 
     def fork(self) -> "Expert":
-        twin = Expert(self.transformer, [cache.fork() for cache in self.caches], dict(self._attention_kwargs))
+        caches = [cache.fork() for cache in self.caches]
+        twin = Expert(self.transformer, caches, dict(self._attention_kwargs), self.image)
         twin._newest = list(self._newest)
         return twin
 
@@ -211,6 +239,7 @@ class Denoiser:
         total_frames (`int`, *optional*): Latent frames of the video, if it has an end.
         prompt, negative_prompt_embeds: The negative one `(batch, text_tokens, text_dim)` is used with guidance.
         attention_kwargs (`dict`, *optional*): Passed to the transformer; `scale` is the LoRA scale.
+        image ([`ImageCondition`], *optional*): What the transformers are conditioned on beside the prompt.
     """
 
     def __init__(
@@ -221,8 +250,10 @@ class Denoiser:
         prompt: PromptState,
         negative_prompt_embeds: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        image: ImageCondition | None = None,
     ) -> None:
         self.prompt = prompt
+        self.image = image
         self.negative_prompt_embeds = negative_prompt_embeds
         self.guidance_scale = config.guidance_scale
         self._tokens_per_frame = components.tokens_per_frame(config)
@@ -233,6 +264,7 @@ class Denoiser:
                 transformer,
                 [components.new_kv_cache(config, total_frames) for _ in range(config.num_branches)],
                 attention_kwargs or {},
+                image,
             )
             for transformer in components.transformers
         ]
@@ -333,6 +365,7 @@ class Denoiser:
         return {
             "prompt": self.prompt,
             "negative_prompt_embeds": self.negative_prompt_embeds,
+            "image": None if self.image is None else vars(self.image),
             "experts": [expert.state_dict() for expert in self._all],
         }
 
@@ -357,8 +390,9 @@ class Denoiser:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of what forwards read beside weights, keys and values: latents, time, rotary tables, slot numbers."""
-        return sum(expert.input_bytes for expert in self._all)
+        """Bytes of what forwards read beside weights, keys and values: latents, image, time, rotary tables, slots."""
+        image = 0 if self.image is None else self.image.nbytes
+        return image + sum(expert.input_bytes for expert in self._all)
 
     @property
     def text_kv_bytes(self) -> int:

@@ -1,5 +1,7 @@
 """Whether what was asked for can work with a pipeline's components; all before any model runs."""
 
+from typing import Any
+
 import torch
 
 from wan_autoregressive.configs.registry import SAMPLERS, SWITCH_POLICIES
@@ -56,20 +58,26 @@ def check_pair(components: WanComponents) -> None:
 
 _SHARED_BY_EXPERTS = (
     *("patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim"),
-    *("text_dim", "rope_max_seq_len"),
+    *("text_dim", "image_dim", "rope_max_seq_len"),
 )
 """What latents, keys and values and the text of a video depend on."""
 
 
 def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: int) -> None:
     """Raise `ValueError` for sizes, counts or a kind of transformer that cannot work."""
-    model = components.transformer.config
-    if model.in_channels != model.out_channels or model.patch_size[0] != 1:
+    model, geometry = components.transformer.config, components.geometry
+    mask_and_image = geometry.scale_factor_temporal + model.out_channels
+    if components.condition_channels not in (0, mask_and_image) or model.patch_size[0] != 1:
         raise ValueError(
             f"this transformer takes {model.in_channels} and gives {model.out_channels} channels with patches of "
-            f"{model.patch_size[0]} frames; a causal text-to-video model has equal channels and 1-frame patches"
+            f"{model.patch_size[0]} frames; allowed are 1-frame patches with equal channels (text to video) or "
+            f"{mask_and_image} more for a mask and an image (image to video)"
         )
-    geometry = components.geometry
+    if components.condition_channels and not SAMPLERS.load(config.sampler).counts_video_frames:
+        raise ValueError(
+            f"sampler {config.sampler!r} numbers frames anew, which a transformer conditioned on an image cannot "
+            "follow; use 'chunkwise', 'rolling' or 'memory_bank'"
+        )
     if components.codec is not None and geometry.latent_channels != model.out_channels:
         raise ValueError(
             f"the VAE has {geometry.latent_channels} latent channels and the transformer {model.out_channels}: they "
@@ -98,6 +106,30 @@ def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: 
             f"num_frames is {config.num_frames} ({total} latent frames); absolute positions end at "
             f"{model.rope_max_seq_len} latent frames, {longest} pixel frames. Set position_mode='relative' and "
             "window_frames to go on"
+        )
+
+
+def check_image(components: WanComponents, image: Any) -> None:
+    """Raise `ValueError` unless there is an image where the transformer is conditioned on one, and what encodes it."""
+    if not components.condition_channels:
+        return
+    config = components.transformer.config
+    if image is None:
+        raise ValueError(
+            f"this transformer is conditioned on an image ({config.in_channels} input and {config.out_channels} "
+            "output channels); pass image"
+        )
+    if components.codec is None:
+        raise ValueError("the image has to be encoded, and this pipeline has no VAE; add it")
+    if config.pos_embed_seq_len is not None:
+        raise ValueError(
+            "this transformer is conditioned on a first and a last frame, and a video that grows has no last one; use "
+            "one for image to video"
+        )
+    if config.image_dim is not None and components.image_encoder is None:
+        raise ValueError(
+            "this transformer attends to the image, and this pipeline lacks the image_encoder or the image_processor "
+            "for it; load the whole folder, or add them"
         )
 
 

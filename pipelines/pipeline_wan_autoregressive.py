@@ -15,19 +15,21 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging, replace_example_docstring
 from diffusers.video_processor import VideoProcessor
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 
 from wan_autoregressive.configs.choices import OutputType
 from wan_autoregressive.configs.rollout_config import RolloutConfig, RolloutSettings
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.codec import codec_of
 from wan_autoregressive.pipelines.checkpoint_index import STOCK_CLASSES, swap_component_classes
-from wan_autoregressive.pipelines.components import WanComponents, WanTextEncoder
+from wan_autoregressive.pipelines.components import WanComponents, WanImageEncoder, WanTextEncoder
 from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
+from wan_autoregressive.pipelines.image_condition import encode_image_condition
 from wan_autoregressive.pipelines.inferred_sizes import given_latent_frames, pixel_frames, pixel_size
 from wan_autoregressive.pipelines.input_checks import (
     check_experts,
     check_extensions,
+    check_image,
     check_pair,
     check_prompts,
     check_sizes,
@@ -76,14 +78,18 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             the boundary, with caches of its own; `transformer` then makes those above.
         boundary_ratio (`float`, *optional*): Where the two meet, as a share of the training timesteps; that of the
             folder.
+        image_encoder ([`CLIPVisionModel`], *optional*), image_processor ([`CLIPImageProcessor`], *optional*): For a
+            transformer that attends to an image (Wan2.1-I2V).
 
     Raises:
         ValueError: a boundary without a second transformer or the other way round, or one of another size.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->transformer_2->vae"
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->transformer_2->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
-    _optional_components = ["tokenizer", "text_encoder", "vae", "transformer_2"]  # noqa: RUF012
+    _optional_components = [  # noqa: RUF012
+        *("tokenizer", "text_encoder", "vae", "transformer_2", "image_encoder", "image_processor")
+    ]
 
     # Text is encoded exactly as in WanPipeline: padded with zeros to max_sequence_length, and the padding attended to.
     encode_prompt = WanPipeline.encode_prompt
@@ -98,6 +104,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         scheduler: SelfForcingScheduler,
         transformer_2: CausalWanTransformer3DModel | WanTransformer3DModel | None = None,
         boundary_ratio: float | None = None,
+        image_encoder: CLIPVisionModel | None = None,
+        image_processor: Any = None,
     ) -> None:
         super().__init__()
         transformer, transformer_2 = _as_causal(transformer), _as_causal(transformer_2)
@@ -110,6 +118,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             transformer_2=transformer_2,
             vae=vae,
             scheduler=scheduler,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
         )
         # Saved folders name stock classes, so that they load from the Hub and in WanPipeline; loading swaps them back.
         stock = {name: named for name, named in STOCK_CLASSES.items() if getattr(self, name) is not None}
@@ -295,7 +305,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Arguments that [`__call__`] has too mean the same here; without `num_frames` (and `latents`) there is no end.
 
         Args:
-            image: One image (PIL, array or tensor) to start from.
+            image: One image (PIL, array or tensor) to start from. A transformer that is conditioned on an image
+                (Wan2.1-I2V, Wan2.2-I2V-A14B) needs one and generates all frames; a clip may be given beside it.
             video: A clip to extend: frames (PIL images, `(frames, height, width, 3)` uint8 or [0, 1] floats, tensors)
                 or a batch of such. Frames past a multiple of 4 plus 1 are dropped. With `strength` it is not given but
                 the source, frame by frame (any iterable, a camera too): every chunk starts from the noised encoding of
@@ -316,8 +327,10 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             TypeError: an argument that there is not.
         """
         # 1. Check inputs
-        check_one_of(image=image, video=video, video_latents=video_latents)
         schedule, components = dict(prompt_schedule or {}), self.wan_components()
+        condition_image = image if components.condition_channels else None
+        image = None if components.condition_channels else image
+        check_one_of(image=image, video=video, video_latents=video_latents)
         if settings.get("strength") is not None and video is None:
             raise ValueError("strength is for video to video; pass the source as video")
         source, geometry = video if settings.get("strength") is not None else None, components.geometry
@@ -339,6 +352,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         check_extensions(config)
         check_experts(components, config)
         check_sizes(components, config, given_frames)
+        check_image(components, condition_image)
         schedulers = components.schedulers(config)
         check_prompts(components, config, [first_prompt, negative, *schedule.values()], list(schedule))
         batch_size = prompt_count(first_prompt) * num_videos_per_prompt
@@ -356,6 +370,10 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         # 3. Encode given frames
         started = time.perf_counter()
+        condition = None
+        if condition_image is not None:
+            total_frames = components.frame_grid(config).total_frames
+            condition = encode_image_condition(components, condition_image, height, width, batch_size, total_frames)
         if video_latents is None and given_frames:
             given = [image] if video is None else video
             video_latents = components.encode_video(given, height, width, batch_size)
@@ -376,6 +394,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             on_step_end=on_step_end,
             seconds_before={"text": text_s, "encode": encode_s},
             schedulers=schedulers,
+            image=condition,
         )
 
     def resume(
@@ -417,11 +436,13 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     def wan_components(self) -> WanComponents:
         """The models as they are now, for a rollout: one that runs keeps those that it was started with."""
         text = self.tokenizer is not None and self.text_encoder is not None
+        sees_image = self.image_processor is not None and self.image_encoder is not None
         return WanComponents(
             transformer=self.transformer,
             scheduler=self.scheduler,
             codec=None if self.vae is None else codec_of(self.vae),
             text_encoder=WanTextEncoder(self.tokenizer, self.text_encoder) if text else None,
+            image_encoder=WanImageEncoder(self.image_processor, self.image_encoder) if sees_image else None,
             transformer_2=self.transformer_2,
             boundary_ratio=self.config.boundary_ratio,
         )

@@ -23,6 +23,7 @@ from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside
 from wan_autoregressive.pipelines.denoiser import Denoiser
 from wan_autoregressive.pipelines.finite_check import check_finite
 from wan_autoregressive.pipelines.frame_grid import Chunk
+from wan_autoregressive.pipelines.image_condition import ImageCondition
 from wan_autoregressive.pipelines.input_checks import check_experts, check_extensions
 from wan_autoregressive.pipelines.latent_history import LatentHistory
 from wan_autoregressive.pipelines.noise import NoiseSource
@@ -56,6 +57,7 @@ class WanRollout:
         latents: Initial noise of the chunks to generate, instead of drawing it.
         schedulers: Of the first generated chunk and of later ones, instead of those that component and settings give.
         seconds_before: What was spent on this video before, by stage.
+        image: What the transformer is conditioned on beside the prompt.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class WanRollout:
         on_step_end: StepCallback | None = None,
         seconds_before: dict[str, float] | None = None,
         schedulers: Schedulers | None = None,
+        image: ImageCondition | None = None,
     ) -> None:
         self.components = components
         self.given_latents = given_latents
@@ -91,7 +94,7 @@ class WanRollout:
         size = geometry.latent_size(config.height, config.width)
         shape = (self.batch_size, geometry.latent_channels, *size)
         self.denoiser = Denoiser(
-            components, config, self.grid.total_frames, prompt, negative_prompt_embeds, attention_kwargs
+            components, config, self.grid.total_frames, prompt, negative_prompt_embeds, attention_kwargs, image
         )
         self.history = LatentHistory(config.window_frames)
         self.noise = NoiseSource(shape, self.device, generator, latents)
@@ -275,6 +278,7 @@ class WanRollout:
                 on_step_end=on_step_end,
                 # Its own, not the pipeline's present one: step lists and shift belong to the video.
                 schedulers=components.schedulers(config, state["scheduler"]),
+                image=None if (image := state["denoiser"].get("image")) is None else ImageCondition(**image),
             )
             rollout.load_state_dict(state, generator_device)
         except (KeyError, TypeError, AttributeError) as error:

@@ -14,7 +14,8 @@ class RolloutEstimate:
 
     A video without end has no counts; without a window its cache grows and `kv_cache_bytes` is `None` as well.
     `text_kv_bytes` are the cross-attention keys and values of a prompt of `max_sequence_length` tokens, and with
-    guidance of the negative one, in the model's dtype. Keys and values are those of all transformers together.
+    guidance of the negative one, and of an image that is attended to, in the model's dtype. Keys and values are those
+    of all transformers together.
     """
 
     chunks: int | None
@@ -45,8 +46,10 @@ def estimate_rollout(
         tokens = cached_frames * components.tokens_per_frame(config)
         cache = components.new_kv_cache(config, grid.total_frames)
         cache_bytes = experts * config.num_branches * transformer.kv_cache_bytes(tokens, batch_size, cache)
-    # As many numbers per token as the self-attention has.
+    # As many numbers per token as the self-attention has. An image's are the same under both prompts.
     text_bytes = experts * config.num_branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
+    if components.condition_channels and components.image_encoder is not None:
+        text_bytes += experts * transformer.kv_cache_bytes(components.image_encoder.num_tokens, batch_size)
     if codec is not None:
         vae_bytes = codec.state_bytes(batch_size, config.height, config.width)
     return RolloutEstimate(

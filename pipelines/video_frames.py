@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.video_processor import VideoProcessor
+from PIL import Image
 
 _PROCESSOR = VideoProcessor()
 
@@ -19,6 +20,17 @@ def as_unit_floats(video: Any) -> Any:
     if isinstance(video, Sequence) and video and isinstance(video[0], np.ndarray):
         return [as_unit_floats(frame)[0] for frame in video]
     return video
+
+
+def as_pil(image: Any) -> Image.Image:
+    """One image: PIL as it is, `(height, width, 3)` arrays and `(3, height, width)` tensors, uint8 or in [0, 1]."""
+    if isinstance(image, Image.Image):
+        return image
+    is_tensor = isinstance(image, torch.Tensor)
+    pixels = image.detach().cpu().numpy().transpose(1, 2, 0) if is_tensor else np.asarray(image)
+    if pixels.dtype != np.uint8:
+        pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def count_video_frames(video: Any) -> int:

@@ -98,7 +98,7 @@ def measure_rollout(pipe: WanAutoregressivePipeline, workload: Workload) -> Roll
         steady_stage_s={stage: median_s(stage) for stage in STAGES},
         frames_per_second_without_vae=steady[-1].pixel_frames / median_s("clean_pass", "denoise"),
         frames_per_second=steady[-1].pixel_frames / median_s(*STAGES) if workload.with_vae else None,
-        weights_bytes=weights_bytes(pipe.transformer, pipe.vae),
+        weights_bytes=weights_bytes(pipe.transformer, pipe.transformer_2, pipe.vae),
         kv_cache_bytes=held.kv_cache_bytes or 0,
         vae_state_bytes=held.vae_state_bytes or 0,
         device_peak_bytes=torch.cuda.max_memory_allocated(device) if on_cuda else None,

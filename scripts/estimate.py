@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from wan_autoregressive.scripts.costs.workload import Workload, add_workload_flags, workload_of
+from wan_autoregressive.scripts.costs.workload import WEIGHT_FORMATS, Workload, add_workload_flags, workload_of
 
 if TYPE_CHECKING:
     from wan_autoregressive.scripts.costs.memory import MemoryEstimate
@@ -29,6 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "estimate", help="compute the memory and the FLOPs of a model of any size", description=_DESCRIPTION
     )
     add_workload_flags(parser)
+    parser.add_argument(
+        "--weights", choices=WEIGHT_FORMATS, help="of the transformer, in fewer bits (default: in --dtype)"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
     parser.set_defaults(run=run)
     return parser
@@ -40,11 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
     from wan_autoregressive.scripts.costs.memory import estimate_memory
 
-    estimate = estimate_memory(workload)
+    estimate = estimate_memory(workload, args.weights)
     if args.json:
         print(json.dumps(_as_dict(workload, estimate), indent=2))
     else:
-        print(f"{workload.describe()}\n")
+        weights = "" if args.weights is None else f", transformer's weights {args.weights}"
+        print(f"{workload.describe()}{weights}\n")
         Console().print(_table(workload, estimate))
     return 0
 
@@ -67,7 +71,7 @@ def _table(workload: Workload, estimate: MemoryEstimate) -> Table:
     rollout, most = workload.rollout, estimate.most_bytes
     frames = rollout.window_frames or workload.chunks * rollout.chunk_frames
     figures = {
-        "weights: transformer": estimate.transformer_bytes,
+        "weights: transformer": estimate.experts * estimate.transformer_bytes,
         "weights: VAE": estimate.vae_bytes,
         "weights: text encoder": estimate.text_encoder_bytes,
         f"held: K/V of {frames} latent frames": estimate.kv_cache_bytes,

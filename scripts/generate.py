@@ -122,7 +122,7 @@ def _load_worker(
 def estimate_of(pipe: Any, config: GenerateConfig, given: Pixels | None) -> Any:
     """What one video will take, from `pipe.estimate`, which raises `ValueError` for what the model cannot do."""
     settings = config.rollout_settings()
-    if given is None:
+    if given is None or (config.image is not None and pipe.wan_components().condition_channels):
         return pipe.estimate(**settings)
     # Pixel frames to latent frames: the first is one of its own.
     latent_frames = (len(given) - 1) // LATENT_PIXEL_FRAMES + 1

@@ -28,8 +28,8 @@ _COMPONENTS = {
     "vae": ("AutoencoderKLWan",),
     "scheduler": None,
 }
-# What a pair of experts has beside.
-_SECOND = {"transformer_2": _COMPONENTS["transformer"]}
+# What a pair of experts has beside, and a transformer that attends to an image.
+_OPTIONAL = {"transformer_2": _COMPONENTS["transformer"], "image_encoder": None, "image_processor": None}
 _VOCABULARIES = ("tokenizer.json", "spiece.model")
 # What the weights of a layer are called, in the components that have `num_layers` of them.
 _LAYER_NAMES = {
@@ -67,7 +67,8 @@ def check_model_folder(folder: Path) -> None:
         state = "is a file; `wan-ar convert` makes a folder of it" if folder.exists() else f"does not exist{hint}"
         raise ValueError(f"the model folder '{folder}' {state}")
     index = _read_index(folder)
-    components = {**_COMPONENTS, **(_SECOND if (index.get("transformer_2") or [None])[0] else {})}
+    optional = {name: allowed for name, allowed in _OPTIONAL.items() if (index.get(name) or [None])[0]}
+    components = {**_COMPONENTS, **optional}
     for name, allowed in components.items():
         entry = index.get(name)
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None

@@ -206,10 +206,12 @@ def rollout_arguments(config: GenerateConfig, seed: int, given: Pixels | None) -
     """What the pipeline is given for one video, beside its prompt."""
     import torch
 
-    video = given if given is None or config.rollout.strength is not None else given[None]
+    pixels: dict[str, Any] = {"video": given}
+    if given is not None and config.rollout.strength is None:
+        pixels = {"video": given[None]} if config.image is None else {"image": given[0]}
     return config.rollout_settings() | {
         "prompt_schedule": config.prompt_schedule(),
         "negative_prompt": config.negative_prompt,
         "generator": torch.Generator("cpu").manual_seed(seed),  # the same noise whatever the device
-        "video": video,
+        **pixels,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
@@ -56,7 +57,10 @@ class LiveModel:
 
     def measure(self) -> tuple[float, float]:
         """Run a few steps, so that no visitor waits for the first: seconds of video in a chunk, seconds to make it."""
-        rollout = self.start("a red circle moving right on a navy background", 0)
+        grey = None
+        if self.pipe.wan_components().condition_channels:
+            grey = Image.new("RGB", (self.width, self.height), "grey")
+        rollout = self.start("a red circle moving right on a navy background", 0, grey)
         for _ in range(_WARM_UP_STEPS):
             started = time.perf_counter()
             frames = rollout.step().frames.shape[1]

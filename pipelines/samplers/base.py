@@ -73,6 +73,10 @@ class Sampler:
     fills_memory_bank: ClassVar[bool] = False
     """Whether `memory_bank_frames` means something to it."""
 
+    counts_video_frames: ClassVar[bool] = True
+    """Whether the frames of its windows are numbered as in the video, as a transformer conditioned on an image needs
+    it."""
+
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
         self.source_latents: torch.Tensor | None = None

@@ -37,6 +37,8 @@ class RecomputeSampler(Sampler):
             under the one before, as the original does, `new` under the chunk's own.
     """
 
+    counts_video_frames = False
+
     def __init__(
         self,
         context: SamplingContext,

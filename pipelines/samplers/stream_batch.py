@@ -63,6 +63,8 @@ class StreamBatchSampler(Sampler):
             `window_frames - 1`, while cached keys keep theirs. The original's live sessions use 50.
     """
 
+    counts_video_frames = False
+
     def __init__(
         self, context: SamplingContext, normalized_source: bool = True, restart_positions: int | None = None
     ) -> None:

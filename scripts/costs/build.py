@@ -11,6 +11,7 @@ from torch import nn
 
 from wan_autoregressive.configs.choices import OutputType
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
+from wan_autoregressive.models.tiny_vae import AutoencoderTinyWan
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.schedulers import SelfForcingScheduler
@@ -29,16 +30,27 @@ def build_pipeline(workload: Workload) -> WanAutoregressivePipeline:
     cuda_devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda_devices), device:
         torch.manual_seed(workload.seed)
-        transformer = CausalWanTransformer3DModel.from_config(dict(workload.model.transformer))
-        vae = AutoencoderKLWan.from_config(dict(workload.model.vae)) if workload.with_vae else None
-    for model in (transformer, vae):
+        transformers = [
+            CausalWanTransformer3DModel.from_config(dict(workload.model.transformer))
+            for _ in range(workload.model.experts)
+        ]
+        vae = _build_vae(workload) if workload.with_vae else None
+    for model in (*transformers, vae):
         if model is not None:
             cast_weights(model.eval().requires_grad_(False), dtype, model._keep_in_fp32_modules)
     if vae is not None and workload.vae_tiling:
         vae.enable_tiling()
-    pipe = WanAutoregressivePipeline(None, None, transformer, vae, SelfForcingScheduler())
+    second = {"transformer_2": transformers[1], "boundary_ratio": 0.875} if len(transformers) == 2 else {}
+    pipe = WanAutoregressivePipeline(None, None, transformers[0], vae, SelfForcingScheduler(), **second)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _build_vae(workload: Workload) -> AutoencoderKLWan | AutoencoderTinyWan:
+    if workload.tiny_vae:
+        assert workload.model.tiny_vae is not None
+        return AutoencoderTinyWan.from_config(dict(workload.model.tiny_vae))
+    return AutoencoderKLWan.from_config(dict(workload.model.vae))
 
 
 def usable_device(name: str) -> torch.device:

@@ -24,7 +24,8 @@ class StageCosts:
 def costs_per_chunk(workload: Workload, index: int) -> dict[str, StageCosts]:
     """Of the stages `denoise` and `clean_pass` of chunk `index`: its clean pass is the one of the chunk before."""
     config, tokens, window = workload.model.transformer, workload.chunk_tokens, workload.window_tokens
-    flops = flops_per_chunk(config, index, tokens, window, workload.steps, workload.rollout.max_sequence_length)
+    text_tokens, experts = workload.rollout.max_sequence_length, workload.model.experts
+    flops = flops_per_chunk(config, index, tokens, window, workload.steps, text_tokens, experts=experts)
     item, scale = _ITEM_SIZES[workload.dtype], 0
     if workload.rollout.kv_dtype == "int8":
         item, scale = 1, item
@@ -36,7 +37,7 @@ def costs_per_chunk(workload: Workload, index: int) -> dict[str, StageCosts]:
     read = kv_bytes_read(
         config, attended_tokens(index - 1, tokens, window), item, keys_values_only=True, scale_bytes=scale
     )
-    return costs | {"clean_pass": StageCosts(flops["clean_pass"], written, read)}
+    return costs | {"clean_pass": StageCosts(flops["clean_pass"], experts * written, experts * read)}
 
 
 def attended_tokens(index: int, chunk_tokens: int, window_tokens: int | None) -> int:
@@ -109,6 +110,7 @@ def flops_per_chunk(
     steps: int,
     text_tokens: int = 512,
     batch: int = 1,
+    experts: int = 1,
 ) -> dict[str, int]:
     """Floating-point operations of chunk `index` of a rollout, by stage.
 
@@ -117,6 +119,8 @@ def flops_per_chunk(
 
         denoise(k)     S forward(T, K(k) - T);                           for k = 0 also text, cross k, v, and S time
         clean_pass(k)  forward(T, K(k - 1) - T) up to its last k, v;     for k = 1 also time; none for k = 0
+
+    Two transformers that share the steps have a text and a clean pass each.
 
     Nothing else is ever computed: text and its keys and values come once per prompt, time once per timestep, and the
     last chunk has no clean pass, since the one of chunk k runs as part of chunk k + 1.
@@ -134,9 +138,9 @@ def flops_per_chunk(
     if index == 0:
         text = forward(0, time_ready=True) - forward(0, text_ready=True, time_ready=True)
         time = forward(0, text_ready=True) - forward(0, text_ready=True, time_ready=True)
-        return {"denoise": denoise + text + steps * time, "clean_pass": 0}
+        return {"denoise": denoise + experts * text + steps * time, "clean_pass": 0}
     clean_pass = forward(index - 1, text_ready=True, time_ready=index > 1, keys_values_only=True)
-    return {"denoise": denoise, "clean_pass": clean_pass}
+    return {"denoise": denoise, "clean_pass": experts * clean_pass}
 
 
 def kv_bytes_written(

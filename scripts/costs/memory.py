@@ -19,6 +19,7 @@ from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode, flop_counter
 from wan_autoregressive.scripts.costs.build import build_pipeline, cast_weights, start_rollout, weights_bytes
 from wan_autoregressive.scripts.costs.formulas import costs_per_chunk
+from wan_autoregressive.scripts.costs.weight_formats import formatted_bytes, unpacked_bytes
 from wan_autoregressive.scripts.costs.workload import Workload
 
 
@@ -27,6 +28,8 @@ class MemoryEstimate:
     """Bytes of one video, and floating-point operations of a steady chunk (without a window: of the last one)."""
 
     transformer_bytes: int
+    """Of each of a pair."""
+    experts: int
     vae_bytes: int
     text_encoder_bytes: int
     """0 for a checkpoint without one."""
@@ -38,7 +41,8 @@ class MemoryEstimate:
     input_bytes: int
     """What forwards read beside weights, keys and values: rotary tables above all."""
     forward_peak_bytes: int
-    """Most that one forward of the transformer has at once beside all of the above."""
+    """Most that one forward of the transformer has at once beside all of the above; weights in fewer bits are scaled
+    back layer by layer, of which the largest is in it."""
     decode_peak_bytes: int
     """Most that decoding one chunk has at once beside all of the above; the decoder's next state is in it."""
     flops: dict[str, int]
@@ -53,7 +57,7 @@ class MemoryEstimate:
     @property
     def most_bytes(self) -> dict[str, int]:
         """Most at once, by what is on the device."""
-        models = self.transformer_bytes + self.vae_bytes
+        models = self.experts * self.transformer_bytes + self.vae_bytes
         forward, decode = self.forward_peak_bytes, self.decode_peak_bytes
         without_text = models + self.held_bytes + max(forward, decode)
         return {
@@ -66,8 +70,12 @@ class MemoryEstimate:
 
 
 @torch.no_grad()
-def estimate_memory(workload: Workload) -> MemoryEstimate:
+def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEstimate:
     """Compute the memory of a rollout, whatever `workload.device` is; takes seconds, and memory for no tensor.
+
+    Args:
+        weights (`str`, *optional*): One of `WEIGHT_FORMATS` that the transformer is held in; all is computed in the
+            workload's dtype.
 
     Raises:
         ValueError: sizes that the model cannot take.
@@ -79,8 +87,13 @@ def estimate_memory(workload: Workload) -> MemoryEstimate:
     steady_chunk = workload.chunks_to_fill + 1 if windowed else workload.chunks - 1
     decode, decode_flops = count_decode(workload)
     rollout, forward = _count_forward(workload, steady_chunk)
+    transformer_bytes, unpacked = weights_bytes(pipe.transformer), 0
+    if weights is not None:
+        transformer_bytes = formatted_bytes(pipe.transformer, weights)
+        unpacked = unpacked_bytes(pipe.transformer, weights)
     return MemoryEstimate(
-        transformer_bytes=weights_bytes(pipe.transformer),
+        transformer_bytes=transformer_bytes,
+        experts=workload.model.experts,
         vae_bytes=weights_bytes(pipe.vae),
         text_encoder_bytes=_text_encoder_bytes(workload),
         kv_cache_bytes=held.kv_cache_bytes or 0,
@@ -88,7 +101,7 @@ def estimate_memory(workload: Workload) -> MemoryEstimate:
         vae_state_bytes=held.vae_state_bytes or 0,
         latents_bytes=rollout.history.nbytes + _latents(workload).nbytes,
         input_bytes=rollout.denoiser.input_bytes,
-        forward_peak_bytes=forward.peak_bytes,
+        forward_peak_bytes=forward.peak_bytes + unpacked,
         decode_peak_bytes=decode.peak_bytes,
         flops={stage: costs.flops for stage, costs in costs_per_chunk(workload, steady_chunk).items()}
         | {"decode": decode_flops[1]},
@@ -136,20 +149,20 @@ def _count_forward(workload: Workload, chunk_index: int) -> tuple[WanRollout, Al
     workload = dataclasses.replace(workload, model=model, with_vae=False)
     rollout, latents = start_rollout(build_pipeline(workload), workload), _latents(workload)
 
-    def forward(timestep: float, index: int) -> None:
+    def window(timestep: float, index: int) -> Window:
         start = index * workload.rollout.chunk_frames
-        window = Window(range(start, start + workload.rollout.chunk_frames), (timestep,))
-        rollout.denoiser.predict(latents, window)
+        return Window(range(start, start + workload.rollout.chunk_frames), (timestep,))
 
-    timesteps = [*rollout.schedulers[1].timesteps.tolist(), workload.rollout.context_noise]
+    timesteps = rollout.schedulers[1].timesteps.tolist()
     counts = AllocationCounts()
     with _FusedAttention():
         for index in range(chunk_index):
             for timestep in timesteps if index == 0 else timesteps[:1]:  # each is embedded once
-                forward(timestep, index)
+                rollout.denoiser.predict(latents, window(timestep, index))
+            rollout.denoiser.cache_context(latents, window(workload.rollout.context_noise, index))
             rollout.history.append(latents)
         with AllocationMode(counts):
-            forward(timesteps[0], chunk_index)
+            rollout.denoiser.predict(latents, window(timesteps[0], chunk_index))
     return rollout, counts
 
 

@@ -24,6 +24,10 @@ class ModelSizes:
     """Config of `UMT5EncoderModel`; `None` for a folder without one."""
     height: int
     width: int
+    experts: int = 1
+    """Transformers of this size; 2 share the steps and cache every chunk each."""
+    tiny_vae: Mapping[str, Any] | None = None
+    """Config of `AutoencoderTinyWan` for the same latents; `None` where none is known."""
 
     @classmethod
     def of_preset(cls, name: str) -> ModelSizes:
@@ -36,15 +40,29 @@ class ModelSizes:
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> ModelSizes:
-        """Read from the configs of a checkpoint in diffusers' layout; ValueError if there is none, or two."""
+        """Read from the configs of a checkpoint in diffusers' layout.
+
+        Raises:
+            ValueError: there is none, its transformers differ, or they are conditioned on an image.
+        """
         folder = Path(folder)
+        transformer, experts = _config(folder, "transformer"), 1
         if (folder / "transformer_2").is_dir():
+            experts = 2
+            if _config(folder, "transformer_2") != transformer:
+                raise ValueError(f"the two transformers in '{folder}' have other sizes each; a pair is of one size")
+        if transformer["in_channels"] != transformer["out_channels"]:
             raise ValueError(
-                f"'{folder}' holds two transformers, and only one is counted and measured here; "
-                "`wan-ar generate --dry-run` counts both"
+                f"the transformer in '{folder}' is conditioned on an image, which is not counted here; "
+                "`wan-ar generate --dry-run` counts its forwards and what is held"
             )
         text_encoder = _config(folder, "text_encoder") if (folder / "text_encoder").is_dir() else None
-        return cls(folder.name, _config(folder, "transformer"), _config(folder, "vae"), text_encoder, 480, 832)
+        vae = _config(folder, "vae")
+        if (folder / "tiny_vae").is_dir():
+            tiny_vae: Mapping[str, Any] | None = _config(folder, "tiny_vae")
+        else:
+            tiny_vae = _TINY_VAES.get((vae.get("z_dim", 16), vae["scale_factor_spatial"]))
+        return cls(folder.name, transformer, vae, text_encoder, 480, 832, experts, tiny_vae)
 
     def with_layers(self, layers: int) -> ModelSizes:
         """The same with another number of transformer blocks."""
@@ -139,9 +157,24 @@ _UMT5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+# The defaults of `AutoencoderTinyWan` are `taew2_1`; `taew2_2` differs so. By latent channels and pixels per latent.
+_TINY_VAES: dict[tuple[int, int], dict[str, Any]] = {
+    (16, 8): {},
+    (48, 16): {"z_dim": 48, "patch_size": 2, "scale_factor_spatial": 16},
+}
+
+
+def _published(
+    name: str, transformer: dict[str, Any], vae: dict[str, Any], height: int, width: int, experts: int = 1
+) -> ModelSizes:
+    tiny_vae = _TINY_VAES[transformer["in_channels"], vae["scale_factor_spatial"]]
+    return ModelSizes(name, transformer, vae, _UMT5_XXL, height, width, experts, tiny_vae)
+
+
 _PUBLISHED = {
-    "1.3b": ModelSizes("1.3b", _transformer(12, 8960, 30), _WAN21_VAE, _UMT5_XXL, 480, 832),
-    "5b": ModelSizes("5b", _transformer(24, 14336, 30, channels=48), _WAN22_VAE, _UMT5_XXL, 704, 1280),
-    "14b": ModelSizes("14b", _transformer(40, 13824, 40), _WAN21_VAE, _UMT5_XXL, 480, 832),
+    "1.3b": _published("1.3b", _transformer(12, 8960, 30), _WAN21_VAE, 480, 832),
+    "5b": _published("5b", _transformer(24, 14336, 30, channels=48), _WAN22_VAE, 704, 1280),
+    "14b": _published("14b", _transformer(40, 13824, 40), _WAN21_VAE, 480, 832),
+    "a14b": _published("a14b", _transformer(40, 13824, 40), _WAN21_VAE, 480, 832, experts=2),
 }
 PRESETS = ("demo", *_PUBLISHED)

@@ -12,6 +12,8 @@ from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.scripts.costs.sizes import PRESETS, ModelSizes
 
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_FORMATS = ("int8", "float8", "q8_0", "q5_0", "q4_0")
+"""Of the transformer: torchao's int8, layerwise casting to float8, GGUF files with all matrices of the blocks so."""
 _ROLLOUT_FLAGS = ("chunk_frames", "window_frames", "sink_frames", "position_mode", "kv_dtype")
 
 
@@ -27,6 +29,8 @@ class Workload:
     rollout: RolloutConfig
     chunks: int = 6
     with_vae: bool = True
+    tiny_vae: bool = False
+    """Decode with the tiny VAE of the same latents."""
     vae_tiling: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -35,6 +39,10 @@ class Workload:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"the dtype is {self.dtype!r}; allowed are {', '.join(DTYPES)}")
+        if self.tiny_vae and self.vae_tiling:
+            raise ValueError("vae_tiling and tiny_vae do not go together: a tiny VAE needs no tiles; leave one out")
+        if self.tiny_vae and self.model.tiny_vae is None:
+            raise ValueError(f"no tiny VAE is known for the latents of {self.model.name}; leave out tiny_vae")
         for name in ("chunks", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -86,11 +94,14 @@ class Workload:
         """Model, size, chunk, window and dtypes in two lines."""
         rollout = self.rollout
         window = "no window" if rollout.window_frames is None else f"window {rollout.window_frames}"
+        pair = "two transformers of " if self.model.experts == 2 else ""
         return (
-            f"{self.model.name}: {self.model.layers} layers of {self.model.dim}, {rollout.height}x{rollout.width}, "
-            f"{self.tokens_per_frame} tokens per latent frame, chunk {rollout.chunk_frames}, {window}, "
+            f"{self.model.name}: {pair}{self.model.layers} layers of {self.model.dim}, "
+            f"{rollout.height}x{rollout.width}, {self.tokens_per_frame} tokens per latent frame, chunk {rollout.chunk_frames}, {window}, "
             f"sink {rollout.sink_frames}, {self.steps} steps and a clean pass per chunk\n"
-            f"{self.dtype}" + ("" if rollout.kv_dtype is None else f", K/V {rollout.kv_dtype}")
+            f"{self.dtype}"
+            + ("" if rollout.kv_dtype is None else f", K/V {rollout.kv_dtype}")
+            + (", tiny VAE" if self.tiny_vae else "")
         )
 
 
@@ -154,6 +165,7 @@ def add_workload_flags(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=4, metavar="N", help="denoising steps per chunk (default: 4)")
     add("--chunks", type=int, default=6, metavar="N", help="chunks of the rollout (default: 6)")
     add("--vae", action=argparse.BooleanOptionalAction, default=True, help="decode as well (default: yes)")
+    add("--tiny-vae", action="store_true", help="decode with the tiny VAE")
     add("--vae-tiling", action="store_true", help="decode in tiles")
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
 
@@ -169,6 +181,7 @@ def workload_of(args: argparse.Namespace, **others: Any) -> Workload:
         steps=args.steps,
         chunks=args.chunks,
         with_vae=args.vae,
+        tiny_vae=args.tiny_vae,
         vae_tiling=args.vae_tiling,
         dtype=args.dtype,
         **others,

@@ -44,13 +44,18 @@ class NaiveTransformer:
     prompts: list[torch.Tensor] = field(default_factory=list)
     """`(batch, text_tokens, text_dim)` each."""
     seed: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    """That differ from `SIZES`."""
+    image: torch.Tensor | None = None
+    """`(batch, image_tokens, image_dim)` that cross-attention sees beside the prompt."""
 
     def __post_init__(self) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.stock = WanTransformer3DModel(**SIZES).eval()
+            self.stock = WanTransformer3DModel(**{**SIZES, **self.sizes}).eval()
         _make_frames_depend_on_each_other(self.stock)
-        self.causal = CausalWanTransformer3DModel(**SIZES, rope_max_seq_len=self.rope_max_seq_len).eval()
+        config = {**self.stock.config, "rope_max_seq_len": self.rope_max_seq_len}
+        self.causal = CausalWanTransformer3DModel.from_config(config).eval()
         self.causal.load_state_dict(self.stock.state_dict())
         self.frames: Sequence[Frame] = ()
         for block in self.stock.blocks:
@@ -70,7 +75,7 @@ class NaiveTransformer:
         latents = torch.cat([frame.latents for frame in frames], dim=2)
         size = latents.shape[3] * latents.shape[4] // 4
         timesteps = torch.tensor([[frame.timestep for frame in frames for _ in range(size)]] * latents.shape[0])
-        return self.stock(latents, timesteps, torch.cat(self.prompts, dim=1), return_dict=False)[0]
+        return self.stock(latents, timesteps, torch.cat(self.prompts, dim=1), self.image, return_dict=False)[0]
 
 
 def _make_frames_depend_on_each_other(model: WanTransformer3DModel) -> None:
@@ -128,13 +133,19 @@ class _CrossAttention:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         frames = self.owner.frames
-        texts = encoder_hidden_states.chunk(len(self.owner.prompts), dim=1)
+        image_tokens = 0 if self.owner.image is None else self.owner.image.shape[1]
+        image, texts = encoder_hidden_states[:, :image_tokens], encoder_hidden_states[:, image_tokens:]
+        texts = texts.chunk(len(self.owner.prompts), dim=1)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).chunk(len(frames), 1)
         out = []
         for frame, own in zip(frames, query, strict=True):
             key = attn.norm_k(attn.to_k(texts[frame.prompt])).unflatten(2, (attn.heads, -1))
             value = attn.to_v(texts[frame.prompt]).unflatten(2, (attn.heads, -1))
-            out.append(attention(own, key, value))
+            seen = attention(own, key, value)
+            if image_tokens:
+                image_key = attn.norm_added_k(attn.add_k_proj(image)).unflatten(2, (attn.heads, -1))
+                seen = seen + attention(own, image_key, attn.add_v_proj(image).unflatten(2, (attn.heads, -1)))
+            out.append(seen)
         return attn.to_out[0](torch.cat(out, dim=1))
 
 

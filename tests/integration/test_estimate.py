@@ -1,6 +1,7 @@
 """The memory that `wan-ar estimate` computes is the memory that a real rollout takes, to the byte."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ VARIANTS = {
     "relative": {"position_mode": "relative"},
     "sink_relative": {"position_mode": "sink_relative"},
     "tiles": {"vae_tiling": True, "height": 288, "window_frames": 6},
+    "tiny VAE": {"tiny_vae": True},
+    "pair": {"steps": 4, "model": replace(ModelSizes.of_preset("demo"), experts=2)},
 }
 SLOW = ("no window", "more layers", "sink_relative", "tiles")
 
@@ -39,6 +42,7 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     estimate = estimate_memory(workload)
     pipe = build_pipeline(workload)
     weights = [sum(p.nbytes for p in model.parameters()) for model in (pipe.transformer, pipe.vae)]
+    assert (pipe.transformer_2 is None) == (estimate.experts == 1)
     assert weights == [estimate.transformer_bytes, estimate.vae_bytes]
 
     rollout, counted = start_rollout(pipe, workload), start_rollout(pipe, workload)

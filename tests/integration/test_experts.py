@@ -16,6 +16,7 @@ from saved_rollouts import assert_same, generator, start, state_of
 from wan22_folder import make_a14b_folder
 
 from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler, WanAutoregressivePipeline
+from wan_autoregressive.scripts.costs.sizes import ModelSizes
 from wan_autoregressive.scripts.load_pipeline import check_model_folder
 
 BOUND = 1e-4  # float32
@@ -311,6 +312,12 @@ def test_folders_that_are_no_pair(folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             WanAutoregressivePipeline.from_pretrained(copy)
     (copy / "model_index.json").write_text(json.dumps(index))
+    sizes = ModelSizes.of_folder(copy)
+    assert (sizes.experts, sizes.layers) == (2, 2)
+    config = json.loads((copy / "transformer_2" / "config.json").read_text())
+    (copy / "transformer_2" / "config.json").write_text(json.dumps({**config, "num_layers": 1}))
+    with pytest.raises(ValueError, match="have other sizes each"):
+        ModelSizes.of_folder(copy)
     shutil.rmtree(copy / "transformer_2")
     with pytest.raises(ValueError, match="there is no folder 'transformer_2' in it"):
         check_model_folder(copy)

@@ -104,7 +104,7 @@ def test_the_demo_is_the_shipped_checkpoint():
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"there is no checkpoint in '.*': transformer/config\.json is missing"):
         ModelSizes.of_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"the preset is '2b'; allowed are demo, 1\.3b, 5b, 14b"):
+    with pytest.raises(ValueError, match=r"the preset is '2b'; allowed are demo, 1\.3b, 5b, 14b, a14b"):
         ModelSizes.of_preset("2b")
 
 
