@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_wan import (
     _get_qkv_projections,
 )
 
-from wan_autoregressive.cache import WanKVBlockCache
+from wan_autoregressive.cache import LaneBlock, WanKVBlockCache
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb, rotate_pairs
 from wan_autoregressive.models.conditions import BlockTextConditions
 
@@ -32,7 +32,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
-        kv_cache: WanKVBlockCache | None = None,
+        kv_cache: WanKVBlockCache | LaneBlock | None = None,
         key_rotary_emb: RotaryEmbedding | None = None,
         keys_values_only: bool = False,
     ) -> torch.Tensor:
@@ -73,7 +73,8 @@ class CausalWanCrossAttnProcessor(WanAttnProcessor):
         rotary_emb: RotaryEmbedding | None = None,
         text: BlockTextConditions | None = None,
     ) -> torch.Tensor:
-        """`encoder_hidden_states` `(batch, text_tokens, dim)` may be `None` once `text` is filled."""
+        """`encoder_hidden_states` `(batch, text_tokens, dim)` may be `None` once `text` is filled. Lanes, one
+        behind the other in the batch, read the same text."""
         if text is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
@@ -83,7 +84,14 @@ class CausalWanCrossAttnProcessor(WanAttnProcessor):
             else:
                 key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
             text.fill(attn.norm_k(key).unflatten(2, (attn.heads, -1)), value.unflatten(2, (attn.heads, -1)))
-        return _attend(self, attn, query, text.key, text.value, attention_mask)
+        lanes = len(query) // len(text.key)
+        if lanes == 1:
+            return _attend(self, attn, query, text.key, text.value, attention_mask)
+        query = (
+            query.unflatten(0, (lanes, -1)).transpose(0, 1).flatten(1, 2)
+        )  # (batch, lanes * tokens, heads, head_dim)
+        output = _attend(self, attn, query, text.key, text.value, attention_mask)
+        return output.unflatten(1, (lanes, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _attend(
@@ -122,7 +130,7 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         encoder_hidden_states: torch.Tensor | None,
         temb: torch.Tensor,
         rotary_emb: RotaryEmbedding,
-        kv_cache: WanKVBlockCache | None = None,
+        kv_cache: WanKVBlockCache | LaneBlock | None = None,
         key_rotary_emb: RotaryEmbedding | None = None,
         text: BlockTextConditions | None = None,
         keys_values_only: bool = False,
