@@ -55,12 +55,13 @@ class SinkQueue:
 
     Args:
         rows (`int`): Of the batch.
+        most (`int`): Forwards at most before the window is full; each may give up a frame.
     """
 
-    def __init__(self, sink: AdaptiveSink, rows: int, device: torch.device) -> None:
+    def __init__(self, sink: AdaptiveSink, rows: int, most: int, device: torch.device) -> None:
         self.sink = sink
         with torch.inference_mode(False):  # to be written outside of that mode as well
-            self._state = torch.empty(2, rows, sink.window_frames + 3, dtype=torch.int64, device=device)
+            self._state = torch.empty(2, rows, 2 + most + 1, dtype=torch.int64, device=device)
         self.reset()
 
     def begin(self) -> None:

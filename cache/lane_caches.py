@@ -48,7 +48,10 @@ class LaneBlock:
             value.take(own[1], lane.window.state.length)
             lane.use_buffers(key, value)
         if self._sink is not None and self._queue is None:
-            self._queue = SinkQueue(self._sink, len(lanes) * batch, largest[0].layout[-1])
+            most = self._sink.window_frames + len(
+                lanes
+            )  # a lane is written over as often as there are lanes before it
+            self._queue = SinkQueue(self._sink, len(lanes) * batch, most, largest[0].layout[-1])
 
     def open(self, lanes: Sequence[WanKVBlockCache], used: range, slots: OpenSlots | None) -> OpenSlots:
         """Make room for a planned write in the lanes that are used; they have made room of their own.

@@ -283,7 +283,8 @@ class StreamBatchSampler(Sampler):
     @property
     def nbytes(self) -> int:
         source = 0 if self._source is None else self._source.nbytes
-        return source + sum(entry.latents.nbytes for entry in self._in_flight)
+        latents = {id(entry.latents): entry.latents for entry in self._in_flight}  # stand-ins may share theirs
+        return source + sum(tensor.nbytes for tensor in latents.values())
 
 
 def _forwards_in_lanes(sizes: list[int], held: float, lanes: int, window: float, has_stand_ins: bool) -> int:

@@ -114,7 +114,7 @@ def test_a_reset_starts_anew(pipe, settings):
         ({}, 0),
         ({"num_frames": 9}, 0),
         ({"guidance_scale": 2.0}, 0),
-        ({"chunk_frames": 2, "first_chunk_frames": 1}, 0),
+        ({"first_chunk_frames": 1}, 0),
         ({}, 3),
     ],
 )
