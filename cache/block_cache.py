@@ -1,6 +1,6 @@
 """The K/V of one transformer block, in buffers that never move."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -8,34 +8,14 @@ import torch
 from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.int8_buffer import Int8Buffer
 from wan_autoregressive.cache.memory_bank import MemoryBank
+from wan_autoregressive.cache.open_window import OpenSlots, OpenWindow, check_tokens
 from wan_autoregressive.cache.positions import SinkView
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb
 from wan_autoregressive.cache.sink_update import SinkUpdate
 from wan_autoregressive.cache.static_buffers import StaticBuffers
-from wan_autoregressive.cache.token_buffer import Layout, TokenBuffer
+from wan_autoregressive.cache.token_buffer import TokenBuffer, layout_of
 from wan_autoregressive.cache.token_window import PastView, Span, TokenWindow, WindowState, WriteMode, WritePlan
 from wan_autoregressive.configs.choices import KVDtype
-
-
-@dataclass
-class OpenSlots:
-    """Numbers of slots that a planned write works on."""
-
-    chunk: torch.Tensor
-    """Of the tokens that are kept, `(kept_tokens,)`."""
-    past: torch.Tensor | None
-    """Of what attention sees of the past, `(past_tokens,)`, where that is not just what is held."""
-
-
-@dataclass
-class _OpenWindow:
-    """What a planned write works on: tensors only, so that a compiled block knows nothing of spans and lengths."""
-
-    key: TokenBuffer
-    value: TokenBuffer
-    slots: OpenSlots
-    bank: tuple[torch.Tensor, torch.Tensor] | None
-    """Keys and values that are seen beside those in slots."""
 
 
 class WanKVBlockCache:
@@ -72,7 +52,7 @@ class WanKVBlockCache:
         self._plan: WritePlan | None = None
         self._planned_tokens = 0
         self._moves_sink = True
-        self._open: _OpenWindow | None = None
+        self._open: OpenWindow | None = None
         self._slots = StaticBuffers() if slots is None else slots
         self._buffer_type: type[TokenBuffer] = Int8Buffer if kv_dtype == "int8" else TokenBuffer
         self._key: TokenBuffer | None = None
@@ -102,7 +82,7 @@ class WanKVBlockCache:
         """
         plan = self._needed_plan()
         length = plan.state_after.length
-        if self._key is None or self._value is None or (self._is_empty and _layout(like) != self._key.layout):
+        if self._key is None or self._value is None or (self._is_empty and layout_of(like) != self._key.layout):
             capacity = max(length, self._initial_capacity or 0)
             self._key = self._buffer_type.empty(like, capacity)
             self._value = self._buffer_type.empty(like, capacity)
@@ -119,7 +99,7 @@ class WanKVBlockCache:
         if slots is None or slots.chunk.device != device:
             past = None if plan.past is None else self._numbers("past", plan.past, device)
             slots = OpenSlots(self._numbers("chunk", plan.spans, device), past)
-        self._open = _OpenWindow(self._key.window(length), self._value.window(length), slots, self.bank.held)
+        self._open = OpenWindow(self._key.window(length), self._value.window(length), slots, self.bank.held)
         return slots
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,35 +120,31 @@ class WanKVBlockCache:
             RuntimeError: no plan was made, or gradients would be needed through the cache.
         """
         self._check_pair(key, value)
-        if self._open is None or (_layout(key) != self._open.key.layout and self._is_empty):
-            _check_tokens(key, self.planned_tokens)
+        if self._open is None or (layout_of(key) != self._open.key.layout and self._is_empty):
+            check_tokens(key, self.planned_tokens)
             self.open(key)
-        window = self._open
-        assert window is not None
-        chunk, past = window.slots.chunk, window.slots.past
-        if past is None:
-            _check_tokens(key, chunk.shape[0])
-        if _layout(key) != window.key.layout:
-            raise ValueError(
-                f"the cache holds (batch, heads, head_dim, dtype, device) {window.key.layout} but got "
-                f"{_layout(key)}. Call reset() between videos, and keep one cache per batch"
-            )
-        attended = []
-        beside: tuple[torch.Tensor | None, ...] = window.bank or (None, None)
-        for buffer, tokens, banked in zip((window.key, window.value), (key, value), beside, strict=True):
-            if past is None:
-                buffer.put(chunk, tokens)
-                attended.append(buffer.attended(chunk, tokens))
-            else:
-                buffer.put(chunk, tokens[:, : chunk.shape[0]])
-                own = tokens if banked is None else torch.cat([banked, tokens], dim=1)
-                attended.append(buffer.seen(past, own))
-        return attended[0], attended[1]
+        assert self._open is not None
+        return self._open.write(key, value)
 
     def commit(self) -> None:
         """Make the planned state the state. Called once the whole forward has succeeded."""
         self.window.commit(self._needed_plan())
         self._plan = self._open = None
+
+    @property
+    def open_slots(self) -> OpenSlots:
+        """Of the planned write, once `open` has made room for it."""
+        assert self._open is not None
+        return self._open.slots
+
+    @property
+    def buffers(self) -> tuple[TokenBuffer, TokenBuffer] | None:
+        """Of keys and of values, as they are kept; `None` before the first write."""
+        return None if self._key is None or self._value is None else (self._key, self._value)
+
+    def use_buffers(self, key: TokenBuffer, value: TokenBuffer) -> None:
+        """Keep what is held in other memory, which holds it already."""
+        self._key, self._value = key, value
 
     def keep_newest(self, num_tokens: int) -> None:
         """Forget all but the sink and the newest `num_tokens` tokens, see [`TokenWindow.keep_newest`]."""
@@ -228,6 +204,11 @@ class WanKVBlockCache:
         """Tokens that are held once the planned `write` is done, and those of the chunk that are not kept."""
         plan = self._needed_plan()
         return plan.state_after.length + self._planned_tokens - plan.kept
+
+    @property
+    def planned_evicts(self) -> bool:
+        """Whether the planned `write` takes the slots of older tokens."""
+        return bool(self._needed_plan().evicted)
 
     @property
     def planned_tokens(self) -> int:
@@ -339,13 +320,3 @@ class WanKVBlockCache:
             raise RuntimeError("the KV cache overwrites its buffers in place: run the model under torch.no_grad()")
         if value.dtype != key.dtype:
             raise ValueError(f"key is {key.dtype} but value is {value.dtype}; both must have the same dtype")
-
-
-def _check_tokens(key: torch.Tensor, planned: int) -> None:
-    if key.shape[1] != planned:
-        raise ValueError(f"key and value have {key.shape[1]} tokens, but a write of {planned} is planned")
-
-
-def _layout(tensor: torch.Tensor) -> Layout:
-    batch, _, heads, head_dim = tensor.shape
-    return batch, heads, head_dim, tensor.dtype, tensor.device

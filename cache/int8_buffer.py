@@ -2,7 +2,7 @@
 
 import torch
 
-from wan_autoregressive.cache.token_buffer import TokenBuffer
+from wan_autoregressive.cache.token_buffer import TokenBuffer, put_in
 
 _LARGEST = 127
 
@@ -54,7 +54,7 @@ class Int8Buffer(TokenBuffer):
 
     def attended(self, slots: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
         """All slots with `newest` itself in `slots`: a copy, to be dropped after its attention."""
-        return self.decode(*self.parts).index_copy_(1, slots, newest)
+        return put_in(self.decode(*self.parts), slots, newest)
 
     def seen(self, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """The slots `past` in the dtype of the tokens, and `own` as it was given behind them: a copy."""

@@ -332,6 +332,15 @@ class WanKVCache:
         """A copy with memory of its own."""
         return copy.deepcopy(self)
 
+    def twin(self) -> "WanKVCache":
+        """A copy whose keys and values are in the same memory, for a caller that gives it other memory."""
+        buffers = [buffer for block in self.block_caches for buffer in block.buffers or ()]
+        twin = copy.deepcopy(self, {id(buffer): buffer for buffer in buffers})
+        for block in twin.block_caches:
+            if block.buffers is not None:
+                block.use_buffers(*(copy.copy(buffer) for buffer in block.buffers))
+        return twin
+
     @property
     def _begins_chunk(self) -> bool:
         return self._mode != "overwrite"

@@ -49,10 +49,25 @@ class TokenBuffer:
         mark_dynamic(*views)
         return type(self)(views)
 
+    def rows(self, start: int, stop: int) -> Self:
+        """Rows `[start, stop)` of the batch in the same memory."""
+        return type(self)(tuple(part[start:stop] for part in self.parts))
+
+    def repeated(self, count: int) -> Self:
+        """New memory for `count` times the batch, as many slots."""
+        with torch.inference_mode(False):  # to be written outside of that mode as well
+            return type(self)(tuple(part.new_empty(count * len(part), *part.shape[1:]) for part in self.parts))
+
+    def take(self, other: Self, length: int) -> None:
+        """Copy the first slots of another buffer of the same layout, where that is other memory."""
+        for part, taken in zip(self.parts, other.parts, strict=True):
+            if part.data_ptr() != taken.data_ptr():
+                part[:, :length] = taken[:, :length]
+
     def put(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Put tokens `(batch, tokens, heads, head_dim)` into slots `(tokens,)`."""
+        """Put tokens `(batch, tokens, heads, head_dim)` into slots `(tokens,)`, or `(batch, tokens)` of their own."""
         for part, encoded in zip(self.parts, self.encode(tokens), strict=True):
-            part.index_copy_(1, slots, encoded)
+            put_in(part, slots, encoded)
 
     def attended(self, slots: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
         """What attention sees when `newest` has just been put into `slots`: the buffer itself."""
@@ -107,6 +122,20 @@ class TokenBuffer:
         """Of the tokens, whatever they are kept as."""
         batch, _, heads, head_dim = self.parts[0].shape
         return batch, heads, head_dim, self.parts[-1].dtype, self.parts[-1].device
+
+
+def put_in(part: torch.Tensor, slots: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """`part` `(batch, capacity, heads, …)` with tokens in slots `(tokens,)` or `(batch, tokens)`: in place."""
+    if slots.ndim == 1:
+        return part.index_copy_(1, slots, tokens)
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    return part.index_put_((rows, slots), tokens)
+
+
+def layout_of(tokens: torch.Tensor) -> Layout:
+    """Of tokens `(batch, tokens, heads, head_dim)`."""
+    batch, _, heads, head_dim = tokens.shape
+    return batch, heads, head_dim, tokens.dtype, tokens.device
 
 
 def _grown(part: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_wan import (
     _get_qkv_projections,
 )
 
-from wan_autoregressive.cache import WanKVBlockCache
+from wan_autoregressive.cache import LaneBlock, WanKVBlockCache
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb, rotate_pairs
 from wan_autoregressive.models.conditions import BlockTextConditions
 
@@ -32,7 +32,7 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
-        kv_cache: WanKVBlockCache | None = None,
+        kv_cache: WanKVBlockCache | LaneBlock | None = None,
         key_rotary_emb: RotaryEmbedding | None = None,
         keys_values_only: bool = False,
     ) -> torch.Tensor:
@@ -82,16 +82,21 @@ class CausalWanCrossAttnProcessor(WanAttnProcessor):
         text: BlockTextConditions | None = None,
     ) -> torch.Tensor:
         """`encoder_hidden_states` `(batch, tokens, dim)`, those of an image first, may be `None` once `text` is
-        filled."""
+        filled. Lanes, one behind the other in the batch, read the same text."""
         if text is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         if not text.is_filled:
             assert encoder_hidden_states is not None
             _fill(text, attn, encoder_hidden_states)
+        lanes = len(query) // len(text.key)
+        if lanes > 1:
+            query = query.unflatten(0, (lanes, -1)).transpose(0, 1).flatten(1, 2)  # (batch, lanes * tokens, ...)
         attended = _attend(self, query, text.key, text.value, attention_mask)
         if text.image is not None:
             attended = attended + _attend(self, query, text.image.key, text.image.value, None)
+        if lanes > 1:
+            attended = attended.unflatten(1, (lanes, -1)).transpose(0, 1).flatten(0, 1)
         return _project(attn, attended)
 
 
@@ -149,7 +154,7 @@ class CausalWanTransformerBlock(WanTransformerBlock):
         encoder_hidden_states: torch.Tensor | None,
         temb: torch.Tensor,
         rotary_emb: RotaryEmbedding,
-        kv_cache: WanKVBlockCache | None = None,
+        kv_cache: WanKVBlockCache | LaneBlock | None = None,
         key_rotary_emb: RotaryEmbedding | None = None,
         text: BlockTextConditions | None = None,
         keys_values_only: bool = False,

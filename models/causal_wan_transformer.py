@@ -14,8 +14,9 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.utils import apply_lora_scale
 
-from wan_autoregressive.cache import WanKVBlockCache, WanKVCache
+from wan_autoregressive.cache import LaneBlock, LaneCaches, WanKVBlockCache, WanKVCache
 from wan_autoregressive.cache.dynamic_dims import mark_dynamic
+from wan_autoregressive.cache.positions import FramePositions
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.models.causal_wan_block import (
     CausalWanAttnProcessor,
@@ -158,8 +159,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     def plan_forward(
         self,
         hidden_states: torch.Tensor,
-        kv_cache: WanKVCache | None = None,
-        frame_offset: int = 0,
+        kv_cache: WanKVCache | LaneCaches | None = None,
+        frame_offset: int | Sequence[int] = 0,
         keys_values_only: bool = False,
         memory: ConditionMemory | None = None,
         timestep: Hashable = None,
@@ -175,6 +176,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         Args:
             hidden_states: The forward's, for its shape and device.
+            kv_cache, frame_offset: Of [`LaneCaches`] one offset for each lane that is used.
             keys_values_only (`bool`): End with the last block's keys and values in the cache; there is no flow then.
             memory ([`ConditionMemory`], *optional*): Of the video, with `timestep` (one for the whole chunk, or a
                 tuple with one per frame) and the encoder's hidden states as they will be passed to the forward.
@@ -191,9 +193,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], self.config.patch_size, strict=True))
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
         like = hidden_states.new_empty(hidden_states.shape[0], 0, heads, head_dim)
-        block_caches: Sequence[WanKVBlockCache | None] = [None] * len(self.blocks)
-        start: float = frame_offset
-        key_positions = None
+        block_caches: Sequence[WanKVBlockCache | LaneBlock | None] = [None] * len(self.blocks)
+        positions = [FramePositions(frame_offset)] if isinstance(frame_offset, int) else []
         if kv_cache is not None:
             self._check_kv_cache(kv_cache)
             size = height * width
@@ -201,23 +202,29 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             past = None if view is None else view.in_tokens(size)
             block_caches = kv_cache.begin_forward(frames * size, like, keep, past)
             rope = self.rope
-            positions = kv_cache.plan_positions(frame_offset, frames, size, rope.max_seq_len, rope.rotation)
-            start, key_positions = positions.start, positions.keys
+            planned = kv_cache.plan_positions(frame_offset, frames, size, rope.max_seq_len, rope.rotation)
+            positions = planned if isinstance(planned, list) else [planned]
 
-        def tables(name: Hashable, positions: Sequence[tuple[float, float]]) -> RotaryEmbedding:
+        def tables(name: Hashable, runs: Sequence[Sequence[tuple[float, float]]]) -> RotaryEmbedding:
+            """Of every lane's runs of positions; of one lane the same for the whole batch."""
+
             def make() -> RotaryEmbedding:
-                cos, sin = self.rope.at(positions, height, width)
-                return cos.to(hidden_states.device), sin.to(hidden_states.device)
+                each = zip(*(self.rope.at(of_lane, height, width) for of_lane in runs), strict=True)
+                cos, sin = (torch.cat(of_lanes).to(hidden_states.device) for of_lanes in each)
+                repeats = 1 if len(runs) == 1 else len(hidden_states) // len(runs)
+                return cos.repeat_interleave(repeats, dim=0), sin.repeat_interleave(repeats, dim=0)
 
-            geometry = tuple(positions), height, width, hidden_states.device
+            geometry = tuple(map(tuple, runs)), len(hidden_states), height, width, hidden_states.device
             made = make() if memory is None else memory.rotary(name, geometry, make)
             mark_dynamic(*made)
             return made
 
-        rotary_emb = tables(("chunk", frames), [(start, start + frames)])
+        lanes = len(positions)
+        rotary_emb = tables(("chunk", frames, lanes), [[(at.start, at.start + frames)] for at in positions])
         plan = ForwardPlan(block_caches, rotary_emb, keys_values_only=keys_values_only)
-        if key_positions is not None:
-            plan.key_rotary_emb = tables("cached", key_positions)
+        keys = [at.keys for at in positions if at.keys is not None]
+        if keys:
+            plan.key_rotary_emb = tables(("cached", lanes), keys)
         if memory is not None and timestep is not None:
             plan.time = memory.time(timestep)
         if memory is not None and encoder_hidden_states is not None:
@@ -234,7 +241,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
         return kv_cache.expected_bytes(batch_size, heads, head_dim, self.dtype, num_tokens)
 
-    def _check_kv_cache(self, kv_cache: WanKVCache) -> None:
+    def _check_kv_cache(self, kv_cache: WanKVCache | LaneCaches) -> None:
         if kv_cache.num_blocks != len(self.blocks):
             raise ValueError(f"the cache has {kv_cache.num_blocks} blocks but this model has {len(self.blocks)}")
         if self.is_cache_enabled:

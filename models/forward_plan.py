@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from wan_autoregressive.cache import PastView, WanKVBlockCache
+from wan_autoregressive.cache import LaneBlock, PastView, WanKVBlockCache
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.models.conditions import TextConditions, TimeConditions
 
@@ -26,7 +26,7 @@ class PastFrames:
 class ForwardPlan:
     """Made by [`CausalWanTransformer3DModel.plan_forward`]."""
 
-    block_caches: Sequence[WanKVBlockCache | None]
+    block_caches: Sequence[WanKVBlockCache | LaneBlock | None]
     rotary_emb: RotaryEmbedding
     key_rotary_emb: RotaryEmbedding | None = None
     """Of all cached keys, where they are rotated when they are used."""

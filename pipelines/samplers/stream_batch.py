@@ -1,19 +1,18 @@
 """A stream whose every denoising step has a cache of its own, a lane: StreamDiffusionV2.
 
 The first chunk goes through its N steps in one cache, and what the last step leaves there is copied to N lanes. From
-then on lane j always makes step j: each tick a new chunk enters lane 0, every chunk in flight takes the step of its
-lane and moves one lane on, and the one that has left the last lane is finished. Only latents move between lanes. A
-lane's forwards append to its cache and never overwrite, so that a chunk sees the past at the noise level that it has
-itself, never clean; there is no context pass. After chenfengxu714/StreamDiffusionV2
+then on lane j always makes step j: each tick a new chunk enters lane 0, all chunks in flight take the step of their
+lane in one forward and move one lane on, and the one that has left the last lane is finished. Only latents move
+between lanes. A lane's forwards append to its cache and never overwrite, so that a chunk sees the past at the noise
+level that it has itself, never clean; there is no context pass. After chenfengxu714/StreamDiffusionV2
 (`models/wan/causal_stream_inference.py`, `streamv2v/inference.py`).
 
-The original runs the lanes of a tick as one batch. Here they run one after the other, with the same result.
-
-Video to video starts a chunk from a mix of noise and source, by a rate that falls where the source moves much.
+Video to video starts a chunk from a mix of noise and source, see [`NoisedSource`].
 """
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,13 +20,12 @@ import torch
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.denoiser import Window
 from wan_autoregressive.pipelines.frame_grid import Chunk, FrameGrid
-from wan_autoregressive.pipelines.samplers.base import Sampler, SamplingContext, shortened
+from wan_autoregressive.pipelines.samplers.base import Sampler, SamplingContext
+from wan_autoregressive.pipelines.samplers.noised_source import NoisedSource
 from wan_autoregressive.pipelines.source_video import SourceEndedError
 from wan_autoregressive.schedulers import SelfForcingScheduler
 
 POLICIES_WITHOUT_A_PAST = ("cross_attention", "blend")
-LARGEST_MOTION = 0.2
-"""Root mean square of the change from frame to frame, of pixels in [-1, 1], from which on motion counts as 1."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,8 @@ class ChunkInLane:
     """Noisy, `(batch, channels, frames, height, width)`."""
     timestep: float
     lane: int = 0
-
-
-@dataclass(frozen=True)
-class SourceChunk:
-    """A chunk of the source that has been read and not entered yet."""
-
-    chunk: Chunk
-    latents: torch.Tensor
-    noise_rate: float
+    is_real: bool = True
+    """Whether it is a chunk of the video."""
 
 
 class StreamBatchSampler(Sampler):
@@ -61,24 +52,34 @@ class StreamBatchSampler(Sampler):
             is used with `False`.
         restart_positions (`int`, *optional*): Rotary position from which on the next chunk starts again at
             `window_frames - 1`, while cached keys keep theirs. The original's live sessions use 50.
+        adaptive_sink (`float`, *optional*): Similarity, -1 to 1, below which a frame in the sink is given up for the
+            frame that is new, see [`AdaptiveSink`]. The original's default is 0.2.
+        sequential (`bool`, defaults to `False`): Finish one chunk before the next begins, all steps in a single cache,
+            as the original does without batches: a chunk does not wait in lanes, and its past is at the noise of the
+            last step.
     """
 
     counts_video_frames = False
 
     def __init__(
-        self, context: SamplingContext, normalized_source: bool = True, restart_positions: int | None = None
+        self,
+        context: SamplingContext,
+        normalized_source: bool = True,
+        restart_positions: int | None = None,
+        adaptive_sink: float | None = None,
+        sequential: bool = False,
     ) -> None:
         super().__init__(context)
-        self._normalized_source = normalized_source
         self._restart_positions = restart_positions
+        self._adaptive_sink = adaptive_sink
+        self._sequential = sequential
         self._in_flight: tuple[ChunkInLane, ...] = ()
-        """Oldest first, each in a lane of its own. Replaced and never changed, so that a fork may share it."""
-        self._read: tuple[SourceChunk, ...] = ()
-        self._source_ended = False
-        self._noise_rate: float | None = None
-        """Of the newest chunk that was read."""
-        self._last_pixels: torch.Tensor | None = None
-        """Newest frame that was read, `(videos, 3, 1, height, width)`."""
+        """Oldest first, each in a lane of its own, one lane after the other. Replaced and never changed, so that a
+        fork may share it."""
+        self._source: NoisedSource | None = None
+        if context.source is not None:
+            assert context.config.strength is not None
+            self._source = NoisedSource(context.source, context.config.strength, normalized_source)
 
     @classmethod
     def check(cls, config: RolloutConfig) -> None:
@@ -98,98 +99,95 @@ class StreamBatchSampler(Sampler):
                 f"strength is {config.strength}; sampler 'stream_batch' tells the model up to 200 timesteps less than "
                 "1000 x strength, so it must be above 0.2"
             )
-        restart = config.sampler_options.get("restart_positions")
-        if restart is None:
-            return
-        if config.window_frames is None or config.position_mode != "absolute":
-            raise ValueError("restart_positions needs window_frames and position_mode 'absolute'; leave it out")
-        smallest = config.window_frames + 2 * config.chunk_frames
-        if not isinstance(restart, int) or restart < smallest:
-            raise ValueError(
-                f"restart_positions is {restart!r}; positions start again at window_frames - 1, so it must be a whole "
-                f"number of at least {smallest}"
-            )
+        _check_restart(config)
+        _check_adaptive_sink(config)
 
     # Of the source.
 
     def prepare(self, chunk: Chunk) -> Chunk:
         """Reads as far ahead as chunks enter before this one is finished."""
-        if self.context.source is None:
+        source = self._source
+        if source is None:
             return chunk
-        ahead = 0 if self._is_first(chunk) else self._num_lanes - 1
-        while not self._source_ended:
+        ahead = 0 if self._sequential or self._is_first(chunk) else self._num_steps - 1
+        while not source.ended:
             newest = self._newest_chunk
             following = chunk if newest is None else self._after(newest)
             if following is None or following.index > chunk.index + ahead:
                 break
-            self._read_source(following)
-        known = (*(entry.chunk for entry in self._in_flight), *(read.chunk for read in self._read))
+            source.read(following)
+        known = (*(entry.chunk for entry in self._real_ones), *(read.chunk for read in source.waiting))
         if not known:
             raise SourceEndedError("the source video has no frames left")
         return known[0]
 
-    def _read_source(self, chunk: Chunk) -> None:
-        source, strength = self.context.source, self.context.config.strength
-        assert source is not None
-        assert strength is not None
-        try:
-            frames = source.next_frames(chunk.num_frames, self._normalized_source)
-        except SourceEndedError:
-            self._source_ended = True
-            return
-        if self._noise_rate is None or self._last_pixels is None:
-            self._noise_rate = strength
-        else:
-            motion = _motion(torch.cat([self._last_pixels, frames.pixels], dim=2))
-            self._noise_rate = 0.9 * (strength - 0.1 * motion) + 0.1 * self._noise_rate
-        self._last_pixels = frames.pixels[:, :, -1:]
-        chunk = shortened(chunk, frames.latents.shape[2])
-        self._read = (*self._read, SourceChunk(chunk, frames.latents, self._noise_rate))
-
     # A chunk.
 
     def next_chunk(self, chunk: Chunk) -> torch.Tensor:
+        if self._sequential:
+            return self._denoise_alone(chunk)
         if self._is_first(chunk):
-            return self._denoise_first(chunk)
-        lanes = len(self.context.denoiser.lanes)
-        if lanes != self._num_lanes:
+            latents = self._denoise_alone(chunk)
+            self.context.denoiser.split_lanes(self._num_steps, self._adaptive_sink)
+            self._in_flight = self._stand_ins(chunk, latents)
+            return latents
+        lanes = self.context.denoiser.num_lanes
+        if lanes != self._num_steps:
             raise ValueError(
                 f"sampler 'stream_batch' has {lanes} lanes, one for each denoising step; "
-                f"their number cannot change to {self._num_lanes} while a video is made"
+                f"their number cannot change to {self._num_steps} while a video is made"
             )
         while True:
             self._let_in(chunk)
             oldest = self._tick()
-            if oldest.lane == self._num_lanes or self.context.observer.interrupted:
-                break
-        self._in_flight = self._in_flight[1:]
-        return oldest.latents
+            if oldest.lane == self._num_steps or self.context.observer.interrupted:
+                self._in_flight = self._in_flight[1:]
+                if oldest.is_real:
+                    return oldest.latents
 
-    def _denoise_first(self, chunk: Chunk) -> torch.Tensor:
-        """Step by step in one cache, which then becomes that of every lane."""
+    def _denoise_alone(self, chunk: Chunk) -> torch.Tensor:
+        """Step by step in one cache."""
         entry = self._entering(chunk)
-        while entry.lane < self._num_lanes and not self.context.observer.interrupted:
-            entry = self._stepped(entry, lane=0)
-        self.context.denoiser.split_lanes(self._num_lanes)
+        while entry.lane < self._num_steps and not self.context.observer.interrupted:
+            entry = self._stepped(entry, self.context.denoiser.predict(entry.latents, self._window(entry)))
         return entry.latents
 
     def _let_in(self, first: Chunk) -> None:
         """Let the next chunk enter, unless the video has no more; the first one in flight is `first`."""
-        following = self._after(self._in_flight[-1].chunk) if self._in_flight else first
-        if following is not None and (self.context.source is None or self._read):
+        following = self._after(self._real_ones[-1].chunk) if self._real_ones else first
+        if following is not None and (self._source is None or self._source.waiting):
             self._in_flight = (*self._in_flight, self._entering(following))
+
+    def _stand_ins(self, first: Chunk, latents: torch.Tensor) -> tuple[ChunkInLane, ...]:
+        """What lanes run on that no chunk has reached yet: zeros, in the place of the chunk after the first one.
+
+        That chunk overwrites them. Only an adaptive sink looks at them before, so there are none without it.
+        """
+        following = self._after(first)
+        if self._adaptive_sink is None or following is None:
+            return ()
+        timesteps, zeros = self._timesteps, torch.zeros_like(latents[:, :, : following.num_frames])
+        return tuple(
+            ChunkInLane(following, zeros, timesteps[lane], lane, is_real=False)
+            for lane in reversed(range(1, self._num_steps))
+        )
 
     def _tick(self) -> ChunkInLane:
         """One step for every chunk in flight; returns the oldest."""
-        self._in_flight = tuple(self._stepped(entry, entry.lane) for entry in self._in_flight)
+        by_lane = self._in_flight[::-1]
+        flows = self.context.denoiser.predict_lanes(
+            [entry.latents for entry in by_lane], [self._window(entry) for entry in by_lane], by_lane[0].lane
+        )
+        oldest_first = zip(self._in_flight, reversed(flows), strict=True)
+        self._in_flight = tuple(self._stepped(entry, flow) for entry, flow in oldest_first)
         return self._in_flight[0]
 
     def _entering(self, chunk: Chunk) -> ChunkInLane:
         """A chunk before the first step: noise, or noise and source."""
         context = self.context
         read, timestep = None, self._timesteps[0]
-        if context.source is not None:
-            read, self._read = self._read[0], self._read[1:]
+        if self._source is not None:
+            read = self._source.take()
             chunk = read.chunk
         latents = context.noise.initial(chunk.start - context.grid.first_generated_frame, chunk.num_frames)
         if read is not None:
@@ -198,18 +196,20 @@ class StreamBatchSampler(Sampler):
                 timestep = float(int(1000 * read.noise_rate) - 100)  # the original tells less noise than there is
         return ChunkInLane(chunk, latents, timestep)
 
-    def _stepped(self, entry: ChunkInLane, lane: int) -> ChunkInLane:
+    def _window(self, entry: ChunkInLane) -> Window:
+        return Window(self._positions(entry.chunk), (entry.timestep,))
+
+    def _stepped(self, entry: ChunkInLane, flow: torch.Tensor) -> ChunkInLane:
         """A chunk after its step: noised to that of the next lane, or finished."""
         scheduler = self._scheduler
-        window = Window(self._positions(entry.chunk), (entry.timestep,))
-        flow = self.context.denoiser.predict(entry.latents, window, lane)
         latents = scheduler.predict_original_sample(flow, scheduler.sigma_at(entry.timestep), entry.latents)
         following, timestep = entry.lane + 1, 0.0
-        if following < self._num_lanes:
+        if following < self._num_steps:
             timestep = self._timesteps[following]
             latents = scheduler.add_noise(latents, self.context.noise.draw(entry.chunk.num_frames), timestep)
-        latents = self.context.observer.step_done(entry.chunk, entry.timestep, latents)
-        return ChunkInLane(entry.chunk, latents, timestep, following)
+        if entry.is_real:
+            latents = self.context.observer.step_done(entry.chunk, entry.timestep, latents)
+        return replace(entry, latents=latents, timestep=timestep, lane=following)
 
     def _positions(self, chunk: Chunk) -> range:
         """Rotary positions of a chunk's frames."""
@@ -230,11 +230,15 @@ class StreamBatchSampler(Sampler):
         return None if chunk.stop == grid.total_frames else grid.chunk(chunk.index + 1, chunk.stop)
 
     @property
+    def _real_ones(self) -> tuple[ChunkInLane, ...]:
+        return tuple(entry for entry in self._in_flight if entry.is_real)
+
+    @property
     def _newest_chunk(self) -> Chunk | None:
         """That was read and is not finished."""
-        if self._read:
-            return self._read[-1].chunk
-        return self._in_flight[-1].chunk if self._in_flight else None
+        if self._source is not None and self._source.waiting:
+            return self._source.waiting[-1].chunk
+        return self._real_ones[-1].chunk if self._real_ones else None
 
     @property
     def _scheduler(self) -> SelfForcingScheduler:
@@ -245,7 +249,7 @@ class StreamBatchSampler(Sampler):
         return self._scheduler.timesteps.tolist()
 
     @property
-    def _num_lanes(self) -> int:
+    def _num_steps(self) -> int:
         return len(self._scheduler.timesteps)
 
     @classmethod
@@ -256,7 +260,14 @@ class StreamBatchSampler(Sampler):
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
-        return config.num_branches * (grid.num_given_chunks + grid.num_generated_chunks * steps[1])
+        sizes = [chunk.num_frames for chunk in grid if not chunk.given]
+        options, alone = config.sampler_options, len(sizes) if config.sampler_options.get("sequential") else 1
+        forwards = grid.num_given_chunks + alone * steps[1]
+        if not options.get("sequential"):
+            has_stand_ins = options.get("adaptive_sink") is not None
+            held = sizes.pop(0) + grid.given_frames
+            forwards += _forwards_in_lanes(sizes, held, steps[1], config.window_frames or math.inf, has_stand_ins)
+        return config.num_branches * forwards
 
     # State. A rollout with a source is neither reset nor saved nor forked, so nothing of it is here.
 
@@ -273,11 +284,62 @@ class StreamBatchSampler(Sampler):
 
     @property
     def nbytes(self) -> int:
-        waiting = [*(entry.latents for entry in self._in_flight), *(read.latents for read in self._read)]
-        return sum(tensor.nbytes for tensor in (*waiting, self._last_pixels) if tensor is not None)
+        source = 0 if self._source is None else self._source.nbytes
+        latents = {id(entry.latents): entry.latents for entry in self._in_flight}  # stand-ins may share theirs
+        return source + sum(tensor.nbytes for tensor in latents.values())
 
 
-def _motion(pixels: torch.Tensor) -> float:
-    """How much frames `(videos, 3, frames, height, width)` in [-1, 1] differ from the one before: 0 (still) to 1."""
-    changes = (pixels[:, :, 1:] - pixels[:, :, :-1]).float().square().mean(dim=(0, 1, 3, 4)).sqrt()
-    return min(float(changes.max()) / LARGEST_MOTION, 1.0)
+def _forwards_in_lanes(sizes: list[int], held: float, lanes: int, window: float, has_stand_ins: bool) -> int:
+    """Forwards for chunks of these sizes behind the first one; lanes that hold equally much run together.
+
+    Args:
+        held: Frames in every lane at the start.
+        has_stand_ins: Whether lanes that no chunk has reached yet run as well, on a stand-in for the first of these.
+    """
+    forwards = 0
+    held_in, newest = [min(held, window)] * lanes, [-1] * lanes
+    for tick in range(len(sizes) + lanes - 1 if sizes else 0):
+        kinds = []
+        for lane in range(lanes):
+            chunk = tick - lane
+            if chunk >= len(sizes) or (chunk < 0 and not has_stand_ins):
+                continue
+            chunk = max(chunk, 0)
+            after = held_in[lane] + (0 if newest[lane] == chunk else sizes[chunk])
+            kinds.append((sizes[chunk], held_in[lane], after))
+            held_in[lane], newest[lane] = min(after, window), chunk
+        forwards += sum(1 for _ in itertools.groupby(kinds))
+    return forwards
+
+
+def _check_restart(config: RolloutConfig) -> None:
+    restart = config.sampler_options.get("restart_positions")
+    if restart is None:
+        return
+    if config.window_frames is None or config.position_mode != "absolute":
+        raise ValueError("restart_positions needs window_frames and position_mode 'absolute'; leave it out")
+    smallest = config.window_frames + config.chunk_frames
+    if not isinstance(restart, int) or restart < smallest:
+        raise ValueError(
+            f"restart_positions is {restart!r}; positions start again at window_frames - 1, so it must be a whole "
+            f"number of at least {smallest}"
+        )
+
+
+def _check_adaptive_sink(config: RolloutConfig) -> None:
+    threshold = config.sampler_options.get("adaptive_sink")
+    if threshold is None:
+        return
+    if not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
+        raise ValueError(f"adaptive_sink is {threshold!r}; it is a cosine, -1 (never) to 1 (always)")
+    if config.sampler_options.get("sequential") or not config.sink_frames or config.chunk_frames != 1:
+        raise ValueError(
+            f"adaptive_sink compares a new frame with those in the sink of its lane; it needs sink_frames and "
+            f"chunk_frames=1, and no 'sequential', got sink_frames {config.sink_frames} and chunk_frames "
+            f"{config.chunk_frames}"
+        )
+    if config.position_mode != "absolute":
+        raise ValueError(
+            f"adaptive_sink keeps frames in the order in which they are given up; it needs position_mode 'absolute', "
+            f"got {config.position_mode!r}"
+        )

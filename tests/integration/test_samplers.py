@@ -11,6 +11,7 @@ SIZE = {"height": 32, "width": 32, "num_frames": 53, "chunk_frames": 2, "output_
 ROLLING = {**SIZE, "sampler": "rolling", "window_frames": 9, "sink_frames": 2, "position_mode": "sink_relative"}
 MEMORY_BANK = {**SIZE, "sampler": "memory_bank", "window_frames": 5, "sink_frames": 1, "memory_bank_frames": 2}
 RECOMPUTE = {**SIZE, "sampler": "recompute", "window_frames": 5, "switch_policy": "blend", "blend_chunks": 3}
+STREAM_BATCH = {**SIZE, "sampler": "stream_batch", "switch_policy": "cross_attention"}
 SAMPLERS = {
     "chunkwise": {**SIZE, "window_frames": 5},
     "rolling": {**ROLLING, "sampler_options": {"attended_frames": 8}},
@@ -25,7 +26,20 @@ SAMPLERS = {
     },
     "recompute": {**RECOMPUTE, "denoising_steps": (1000, 500, 0)},
     "recompute, first frame kept": {**RECOMPUTE, "sampler_options": {"keep_first_frame": True}},
-    "stream_batch": {**SIZE, "sampler": "stream_batch", "window_frames": 5, "switch_policy": "cross_attention"},
+    "stream_batch": {**STREAM_BATCH, "window_frames": 5},
+    "stream_batch, no window": STREAM_BATCH,
+    "stream_batch, moved sink": {
+        **STREAM_BATCH,
+        "window_frames": 5,
+        "sink_frames": 1,
+        "position_mode": "sink_relative",
+    },
+    "stream_batch, adaptive sink": {
+        **STREAM_BATCH,
+        **{"num_frames": 41, "chunk_frames": 1, "first_chunk_frames": 2, "window_frames": 5, "sink_frames": 3},
+        "sampler_options": {"adaptive_sink": 0.9},
+    },
+    "stream_batch, no lanes": {**STREAM_BATCH, "window_frames": 5, "sampler_options": {"sequential": True}},
 }
 
 each_sampler = pytest.mark.parametrize("settings", SAMPLERS.values(), ids=SAMPLERS.keys())
@@ -101,7 +115,7 @@ def test_a_reset_starts_anew(pipe, settings):
         ({}, 0),
         ({"num_frames": 9}, 0),
         ({"guidance_scale": 2.0}, 0),
-        ({"chunk_frames": 2, "first_chunk_frames": 1}, 0),
+        ({"first_chunk_frames": 1}, 0),
         ({}, 3),
     ],
 )

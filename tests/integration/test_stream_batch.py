@@ -13,6 +13,7 @@ from saved_rollouts import generator
 BOUND = 1e-4  # float32; deliberate mistakes in what is seen, and where, are off by more than 1e-2
 STEPS = (1000, 700, 400)
 OPEN_CASE = golden.REPOSITORY_CASES / "open" / "sdv2_v2v_4steps.json"
+ADAPTIVE_CASE = golden.REPOSITORY_CASES / "open" / "sdv2_adaptive_sink.json"
 
 
 @dataclass
@@ -30,6 +31,7 @@ class NaiveStream:
     """Numbers of generated chunks from which another prompt holds, when they are handed out."""
     restart: int | None = None
     steps: tuple[int, ...] = STEPS
+    sequential: bool = False
 
     def make(self, draw, given: torch.Tensor | None = None) -> torch.Tensor:
         scheduler = self.transformer.pipeline(self.steps).scheduler
@@ -45,6 +47,13 @@ class NaiveStream:
         for step in range(len(self.steps)):
             entered, latents = self._step(past, latents, step, 0, 0, draw)
         done = [latents]
+        for number in range(1, len(self.chunks) if self.sequential else 0):
+            past, latents = [*past, *entered], draw(self.chunks[number])
+            for step in range(len(self.steps)):
+                entered, latents = self._step(past, latents, step, number, 0, draw)
+            done.append(latents)
+        if self.sequential:
+            return torch.cat(done, dim=2)
         lanes = [[*past, *entered] for _ in self.steps]
         flying: list[list] = []  # number of the chunk, latents; oldest first
         for handed_out in range(1, len(self.chunks)):
@@ -110,7 +119,7 @@ def settings(naive: NaiveStream, shape=(1, 4, 4), **options):
     frames = sum(naive.given) + sum(naive.chunks)
     return {
         "sampler": "stream_batch",
-        "sampler_options": {"restart_positions": naive.restart},
+        "sampler_options": {"restart_positions": naive.restart, "sequential": naive.sequential},
         "switch_policy": "cross_attention",
         "height": 8 * shape[1],
         "width": 8 * shape[2],
@@ -128,10 +137,12 @@ def settings(naive: NaiveStream, shape=(1, 4, 4), **options):
 CASES = {
     "as published": ([2] + [1] * 8, {"window": 6, "sink": 3}, (1, 4, 4)),
     "pairs, two wide videos": ([2] * 5, {"window": 6, "sink": 1}, (2, 4, 6)),
+    "all steps in one cache": ([2] + [1] * 8, {"window": 4, "sink": 1, "restart": 6, "sequential": True}, (2, 4, 4)),
     "no window": ([3, 2, 2, 1], {}, (1, 4, 4)),
     "fewer chunks than steps": ([2, 1], {"window": 6, "sink": 3, "steps": (1000, 800, 600, 400)}, (1, 4, 4)),
     "one chunk": ([2], {"window": 6}, (1, 4, 4)),
     "one step": ([2] + [1] * 4, {"window": 4, "sink": 1, "steps": (700,)}, (1, 4, 4)),
+    "positions that start again in every other chunk": ([2] + [1] * 9, {"window": 4, "restart": 5}, (1, 4, 4)),
     "positions that start again": ([2] + [1] * 16, {"window": 4, "sink": 1, "restart": 7}, (1, 4, 4)),
     "positions of pairs that start again": ([1] + [2] * 9, {"window": 5, "sink": 1, "restart": 10}, (1, 4, 4)),
 }
@@ -178,6 +189,12 @@ def test_a_mistake_is_seen(mistake):
     assert golden.differences(OPEN_CASE, **mistake)["latents"] > 1e-2
 
 
+@pytest.mark.parametrize("threshold", [-1, 0.2, 0.8])
+def test_a_mistake_with_an_adaptive_sink_is_seen(threshold):
+    mistake = {"sampler_options": {"adaptive_sink": threshold}}
+    assert golden.differences(ADAPTIVE_CASE, **mistake)["latents"] > 1e-2
+
+
 # With the tiny checkpoint.
 
 SMALL = {"sampler": "stream_batch", "switch_policy": "cross_attention", "height": 32, "width": 32}
@@ -201,6 +218,34 @@ def test_the_last_chunks_leave_the_lanes_one_after_the_other(pipe):
     # 4 steps: the first chunk alone, then 1 + 2 + 3 + 4 until the second one is done, 4 for each, then fewer.
     assert [counts.count(done) for done in range(7)] == [4, 10, 4, 4, 3, 2, 1]
     assert rollout.sampler.nbytes == 0
+
+
+def test_lanes_of_a_full_window_run_as_one_forward(pipe, monkeypatch):
+    rows = []
+    forward = type(pipe.transformer).forward
+    monkeypatch.setattr(
+        type(pipe.transformer),
+        "forward",
+        lambda *args, **kwargs: rows.append(len(kwargs["hidden_states"])) or forward(*args, **kwargs),
+    )
+    rollout = pipe.rollout(["one", "two"], **SMALL, num_frames=57, output_type="latent", generator=generator())
+    for chunk in rollout:
+        if chunk.start_frame == 7:
+            rows.clear()
+    assert rows == [2 * 4] * 4 + [
+        2 * 3,
+        2 * 2,
+        2 * 1,
+    ]  # the window of 6 is full in all lanes; then the lanes run empty
+
+
+def test_two_videos_in_lanes_are_each_alone(pipe):
+    """With an adaptive sink, which decides for each video."""
+    options = {**SMALL, "num_frames": 37, "sampler_options": {"adaptive_sink": 0.9}, "output_type": "latent"}
+    both = pipe(["one", "two"], **options, generator=[generator(3), generator(4)]).frames
+    for index, prompt in enumerate(["one", "two"]):
+        alone = pipe(prompt, **options, generator=generator(3 + index)).frames
+        torch.testing.assert_close(both[index : index + 1], alone, rtol=0, atol=BOUND)
 
 
 def test_interrupted_with_chunks_in_the_lanes(pipe):
@@ -246,7 +291,7 @@ def test_the_source_is_on_the_scale_that_is_asked_for(pipe, clip, normalized):
     rollout = start(pipe, **options, strength=0.8, output_type="latent")
     inputs = []
     rollout.denoiser.predict, predict = (
-        lambda latents, window, lane: inputs.append(latents.clone()) or predict(latents, window, lane),
+        lambda latents, window: inputs.append(latents.clone()) or predict(latents, window),
         rollout.denoiser.predict,
     )
     rollout.step()
@@ -264,16 +309,16 @@ def test_motion_lowers_the_noise(pipe):
     video = [np.full((32, 32, 3), value, dtype=np.float32) for value in brightness]
     rollout = start(pipe, num_frames=None, video=video, strength=0.8, output_type="latent")
     told = []
-    rollout.denoiser.predict, predict = (
-        lambda latents, window, lane: told.append((lane, window.timesteps)) or predict(latents, window, lane),
-        rollout.denoiser.predict,
+    rollout.denoiser.predict_lanes, predict = (
+        lambda latents, windows, first: told.append((first, windows[0].timesteps)) or predict(latents, windows, first),
+        rollout.denoiser.predict_lanes,
     )
     list(rollout)
     rate, expected = 0.8, []
     for motion in (0.0, 0.086 / 0.2, 1.0, 0.0):
         rate = 0.9 * (0.8 - 0.1 * motion) + 0.1 * rate
         expected.append((int(1000 * rate) - 100,))
-    assert [timesteps for lane, timesteps in told[4:] if lane == 0] == expected
+    assert [timesteps for lane, timesteps in told if lane == 0] == expected
 
 
 @pytest.mark.parametrize(
@@ -287,8 +332,12 @@ def test_motion_lowers_the_noise(pipe):
         ({"strength": 0.2, "video": np.zeros((5, 32, 32, 3))}, "strength is 0.2; .* above 0.2"),
         ({"solver": "unipc"}, "works with solver 'renoise'"),
         ({"given_in_chunk": True}, "given_in_chunk does not work"),
-        ({"sampler_options": {"restart_positions": 7}}, "restart_positions is 7.* at least 8"),
+        ({"sampler_options": {"restart_positions": 6}}, "restart_positions is 6.* at least 7"),
         ({"sampler_options": {"restart_positions": 50}, "position_mode": "relative"}, "position_mode 'absolute'"),
+        ({"sampler_options": {"adaptive_sink": 2}}, "adaptive_sink is 2; it is a cosine"),
+        ({"sampler_options": {"adaptive_sink": 0.2}, "chunk_frames": 2}, "chunk_frames=1, .* chunk_frames 2"),
+        ({"sampler_options": {"adaptive_sink": 0.2, "sequential": True}}, "no 'sequential'"),
+        ({"sampler_options": {"adaptive_sink": 0.2}, "position_mode": "relative"}, "position_mode 'absolute'"),
     ],
 )
 def test_refuses_what_it_cannot_do(pipe, options, message):

@@ -104,21 +104,25 @@ def prompt_schedule(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> di
     given = videos["initial_latent"].shape[2] if "initial_latent" in videos else 0
     embeds = [embeds for _, embeds in sorted(padded_embeds(videos, meta["text_len"]).items())]
     schedule, now = {0: embeds[0]}, embeds[0]
-    for (number, change), new in zip(sorted(meta["prompt_switches"].items()), embeds[1:], strict=True):
-        old, start = now, given + int(number) * chunk
+    switches = sorted((int(number), change) for number, change in meta["prompt_switches"].items())
+    for (number, change), new in zip(switches, embeds[1:], strict=True):
+        old, start = now, given + number * chunk
         for place, weight in enumerate(torch.linspace(0, 1, _chunks_of(change)).tolist()):
             now = schedule[start + place * chunk] = torch.lerp(old, new, weight)
     return {frame: PromptState(embeds, None) for frame, embeds in schedule.items()}
 
 
 def _chunks_of(change: Any) -> int:
-    """Chunks of a prompt change, which is recorded as their number or as a dict that has it."""
+    """Chunks of a prompt change, recorded as their number, or with it in a dict or behind the prompt in a list."""
+    counts = [change]
     if isinstance(change, dict):
-        counts = [value for key, value in change.items() if "step" in key or "chunk" in key]
-        change = counts[0] if len(counts) == 1 else change
-    if not isinstance(change, int):
+        words = ("step", "chunk", "interp", "blend", "k")
+        counts = [value for key, value in change.items() if any(word in key.lower() for word in words)]
+    elif isinstance(change, list):
+        counts = [value for value in change if isinstance(value, int)][-1:]
+    if len(counts) != 1 or not isinstance(counts[0], int):
         raise ValueError(f"this kind does not know how the prompt change {change!r} is recorded")
-    return change
+    return counts[0]
 
 
 def _is_from_source(videos: dict[str, torch.Tensor]) -> bool:

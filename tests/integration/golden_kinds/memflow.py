@@ -1,6 +1,8 @@
 """MemFlow: chunk after chunk with a memory bank."""
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,8 +18,8 @@ from golden_kinds.recording import (
     transformer_of,
 )
 from golden_kinds.self_forcing import scheduler_of
-from wan_autoregressive import WanAutoregressivePipeline, WanKVCache
-from wan_autoregressive.pipelines.denoiser import Denoiser, Window
+from wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive.pipelines.denoiser import Denoiser
 
 KIND = "memflow"
 WEIGHTS = "tiny_self_forcing.pt"
@@ -38,6 +40,8 @@ def differences(
     sinusoid_dtype: float32 as diffusers, float64 as the original.
     changes: Settings of the rollout that are to differ from the original's.
     """
+    if meta["SMA"]:
+        raise ValueError("this package does not choose among sink and bank for each head and query (SMA)")
     videos = channels_first(tensors)
     transformer = transformer_of(meta, weights_folder / WEIGHTS, "generator_ema")
     transformer.set_sinusoid_dtype(sinusoid_dtype)
@@ -50,14 +54,16 @@ def differences(
     recorder, bank = Recorder(meta["kv_layer"]), _Bank(meta["kv_layer"])
     with recorder.recording(in_order(videos, "renoise.")), bank.recording(), torch.no_grad():
         latents = torch.cat([chunk.latents for chunk in rollout], dim=2)
+        rollout.sampler.cache_past()  # the original makes the last context pass, too
 
     sigmas = meta["schedule"]["sigmas"]
     x0 = [p.x0(sigmas[index % len(sigmas)]) for index, p in enumerate(recorder.predictions)]
     return {
         "latents": largest_difference([latents], [videos["latents"]]),
         "x0": largest_difference(x0, in_order(videos, "x0.")),
-        "kv": _difference(tensors, "kv.context.", bank.windows),
-        "bank": _difference(tensors, "bank.context.", bank.frames),
+        "kv": _difference(tensors, "kv.context.", dict(enumerate(bank.windows))),
+        "recache": _difference(tensors, "kv.recache.", bank.rewritten),
+        "bank": _difference(tensors, "bank.context.", dict(enumerate(bank.frames))),
     }
 
 
@@ -83,38 +89,57 @@ def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
 class _Bank:
-    """Keys and values of window and bank after every context pass, `(batch, tokens, heads, head_dim)`."""
+    """Keys and values of window and bank after every context pass and re-cache, `(batch, tokens, heads, head_dim)`."""
 
     def __init__(self, layer: int) -> None:
         self._layer = layer
-        self.windows: list[tuple[torch.Tensor, ...]] = []
-        self.frames: list[tuple[torch.Tensor, ...]] = []
+        self.windows: list[KeyValue] = []
+        self.frames: list[KeyValue | tuple[()]] = []
+        self.rewritten: dict[int, KeyValue | tuple[()]] = {}
+        """By the chunk that follows."""
 
-    def recording(self) -> Any:
-        cache_context = Denoiser.cache_context
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        cache_context, rewrite_context = Denoiser.cache_context, Denoiser.rewrite_context
 
-        def recording_pass(denoiser: Denoiser, latents: torch.Tensor, window: Window, *args: Any) -> None:
-            cache_context(denoiser, latents, window, *args)
-            cache: WanKVCache = denoiser.experts[0].caches[0]
-            block = cache.block_caches[self._layer]
-            assert block.cached_key is not None
-            assert block.cached_value is not None
-            self.windows.append((block.cached_key.clone(), block.cached_value.clone()))
-            self.frames.append(tuple(tensor.clone() for tensor in block.bank.held or ()))
+        def recording_pass(denoiser: Denoiser, *args: Any) -> None:
+            cache_context(denoiser, *args)
+            self.windows.append(self._held(denoiser))
+            key_values = denoiser.experts[0].caches[0].block_caches[self._layer].bank.held
+            self.frames.append(() if key_values is None else (key_values[0].clone(), key_values[1].clone()))
 
-        return patch.object(Denoiser, "cache_context", recording_pass)
+        def recording_rewrite(denoiser: Denoiser, *args: Any, **kwargs: Any) -> None:
+            rewrite_context(denoiser, *args, **kwargs)
+            self.rewritten[len(self.windows)] = self._held(denoiser)
+
+        with (
+            patch.object(Denoiser, "cache_context", recording_pass),
+            patch.object(Denoiser, "rewrite_context", recording_rewrite),
+        ):
+            yield
+
+    def _held(self, denoiser: Denoiser) -> KeyValue:
+        block = denoiser.experts[0].caches[0].block_caches[self._layer]
+        assert block.cached_key is not None
+        assert block.cached_value is not None
+        return block.cached_key.clone(), block.cached_value.clone()
 
 
-def _difference(tensors: dict[str, torch.Tensor], prefix: str, got: list[tuple[torch.Tensor, ...]]) -> float:
+def _difference(tensors: dict[str, torch.Tensor], prefix: str, got: Mapping[int, KeyValue | tuple[()]]) -> float:
     """Over the chunks that were recorded. A bank may have been recorded with an empty last place."""
     worst = 0.0
     for key in sorted(tensors):
         if key.startswith(prefix) and key.endswith(".k"):
             name = key.removesuffix(".k")
             chunk = int(name.rsplit(".c", 1)[1])
-            if chunk >= len(got):
+            if chunk not in got:
                 return math.inf
-            expected = [tensors[f"{name}.{of}"][:, : held.shape[1]] for of, held in zip("kv", got[chunk], strict=True)]
+            expected = [
+                tensors[f"{name}.{of}"][:, : held.shape[1]] for of, held in zip("kv", got[chunk], strict=False)
+            ]
             worst = max(worst, largest_difference(got[chunk], expected))
     return worst

@@ -62,10 +62,8 @@ class Recorder:
             del frames[: shape[2]]
             return drawn
 
-        def recording_predict(
-            denoiser: Denoiser, latents: torch.Tensor, window: Window, lane: int = 0
-        ) -> torch.Tensor:
-            flow = predict(denoiser, latents, window, lane)
+        def recording_predict(denoiser: Denoiser, latents: torch.Tensor, window: Window) -> torch.Tensor:
+            flow = predict(denoiser, latents, window)
             self.predictions.append(Prediction(window.timesteps, latents.clone(), flow.clone()))
             return flow
 

@@ -1,9 +1,11 @@
-"""StreamDiffusionV2: a cache for each denoising step.
+"""StreamDiffusionV2: a cache for each denoising step, or one for all of them.
 
-The original runs its lanes as one batch, also those that have nothing to do yet, on zeros, and those that have nothing
-to do any more, on noise. Here only lanes with a chunk run; they are compared with their row of the batch.
+The original also runs lanes that have nothing to do yet, on zeros, as we do where an adaptive sink looks at them, and
+those that have nothing to do any more, on noise. Lanes that run are compared with their row of the batch.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from golden_kinds.recording import (
+    Prediction,
     Recorder,
     channels_first,
     in_order,
@@ -19,13 +22,13 @@ from golden_kinds.recording import (
     padded_embeds,
     transformer_of,
 )
-from wan_autoregressive import SelfForcingScheduler
+from wan_autoregressive import SelfForcingScheduler, WanKVCache
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.denoiser import Denoiser, Window
 from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.rollout import WanRollout
-from wan_autoregressive.pipelines.source_video import SourceFrames
+from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceFrames
 
 KIND = "sdv2"
 WEIGHTS = "tiny_self_forcing.pt"
@@ -46,8 +49,6 @@ def differences(
     sinusoid_dtype: float32 as diffusers, float64 as the original.
     changes: Settings of the rollout that are to differ from the original's.
     """
-    if meta["adapt_sink_threshold"] > -1 or meta["mode"] != "offline" or meta["batch"] != 1:
-        raise ValueError("an adaptive sink, a session and more than one video are not done here")
     videos = channels_first(tensors)
     transformer = transformer_of(meta, weights_folder / WEIGHTS, "generator_ema")
     transformer.set_sinusoid_dtype(sinusoid_dtype)
@@ -56,20 +57,23 @@ def differences(
     )
     rollout = WanRollout(
         WanComponents(transformer, scheduler),
-        RolloutConfig(**{**settings(meta), **changes}),
+        RolloutConfig(**{**settings(meta, videos), **changes}),
         prompt=PromptState(padded_embeds(videos, meta["text_len"])[""], None),
         latents=torch.cat([videos["noise.prepare"], *in_order(videos, "noise.call")], dim=2),
         source=_RecordedSource(videos["video_latents"], tensors["frames"].transpose(1, 2)),
     )
-    forwards = _forwards(meta)
-    recorder, lanes = Recorder(meta["kv_layer"]), _LaneCaches(meta["kv_layer"])
+    forwards = _forwards(meta, videos)
+    recorder, lanes = Recorder(meta["kv_layer"]), _LaneRecorder(meta["kv_layer"])
+    expected = videos["latents"]
     with recorder.recording(_draws(meta, videos, forwards)), lanes.recording(), torch.no_grad():
-        latents = torch.cat([chunk.latents for chunk in rollout], dim=2)
+        latents = rollout.step().latents
+        while latents.shape[2] < expected.shape[2]:  # a session ends with chunks in the lanes
+            latents = torch.cat([latents, rollout.step().latents], dim=2)
 
     sigmas = dict(zip(meta["schedule"]["timesteps"], meta["schedule"]["sigmas"], strict=True))
-    predictions = recorder.predictions
+    predictions = lanes.predictions
     return {
-        "latents": largest_difference([latents], [videos["latents"]]),
+        "latents": largest_difference([latents], [expected]),
         "timesteps": largest_difference(
             [torch.tensor(prediction.timesteps) for prediction in predictions],
             [torch.tensor([forward.timestep]) for forward in forwards],
@@ -82,24 +86,40 @@ def differences(
         "inputs": largest_difference(
             [prediction.latents for prediction in predictions], [forward.row(videos, "input") for forward in forwards]
         ),
-        "kv": lanes.difference(tensors, forwards, meta["frame_seq_length"]),
+        "kv": lanes.difference(tensors, forwards),
     }
 
 
-def settings(meta: dict[str, Any]) -> dict[str, Any]:
+def settings(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> dict[str, Any]:
+    chunk, first = meta["num_frame_per_block"], videos["noise.prepare"].shape[2]
+    options: dict[str, Any] = {"sequential": _is_sequential(meta)}
+    if _is_adaptive(meta):
+        options["adaptive_sink"] = meta["adapt_sink_threshold"]
+    if meta["t_refresh"] is not None and meta["t_refresh"] < videos["video_latents"].shape[2]:
+        options["restart_positions"] = meta["t_refresh"]
     return {
         "sampler": "stream_batch",
+        "sampler_options": options,
         "height": 8 * meta["height"],
         "width": 8 * meta["width"],
-        "num_frames": 4 * (meta["num_output_frames"] - 1) + 1,
-        "first_chunk_frames": 1 + meta["num_frame_per_block"],
-        "chunk_frames": meta["num_frame_per_block"],
+        "first_chunk_frames": first,
+        "chunk_frames": chunk,
         "window_frames": meta["num_kv_cache"],
-        "sink_frames": meta["num_sink_tokens"],
+        # The slots that are written twice before the first frame is evicted, which no other sink gives up.
+        "sink_frames": max(meta["num_sink_tokens"], 2 * first - 1) if chunk == 1 else meta["num_sink_tokens"],
         "strength": meta["noise_scale"],
         "switch_policy": "cross_attention",
         "output_type": "latent",
     }
+
+
+def _is_adaptive(meta: dict[str, Any]) -> bool:
+    return meta["adapt_sink_threshold"] > -1 and meta["num_frame_per_block"] == 1 and not _is_sequential(meta)
+
+
+def _is_sequential(meta: dict[str, Any]) -> bool:
+    """Whether the original ran without lanes."""
+    return len(meta["denoising_steps"]) > 1 and all(len(call["lanes"]) == 1 for call in meta["calls"])
 
 
 @dataclass
@@ -107,32 +127,38 @@ class _Forward:
     """What the original did in one lane of a call."""
 
     call: int
-    lane: int
+    lane: int | None
+    """`None` if there is no other."""
     timestep: float
-    attended: list[int]
-    """The video's frame in each slot of the cache."""
 
-    def row(self, videos: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
-        return videos[f"{kind}.call{self.call:03}"][self.lane : self.lane + 1]
+    def row(self, tensors: dict[str, torch.Tensor], kind: str, of: str = "") -> torch.Tensor:
+        tensor = tensors[f"{kind}.call{self.call:03}{of}"]
+        return tensor if self.lane is None else tensor[self.lane : self.lane + 1]
 
 
-def _forwards(meta: dict[str, Any]) -> list[_Forward]:
-    """Those of the video's chunks, in our order: of a call the oldest chunk, in the last lane, comes first."""
+def _forwards(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> list[_Forward]:
+    """Those that we make as well, lane after lane; behind the clip come chunks that nobody sees."""
     found = []
     for call in meta["calls"]:
-        for lane in reversed(call["lanes"]):
-            if not lane["warmup"] and lane["video_frames"][0] < meta["num_output_frames"]:
-                slots = [frame for frame, _, _ in lane["attended"]]
-                found.append(_Forward(call["call"], lane["lane"], lane["timestep"], slots))
+        for lane in call["lanes"]:
+            is_seen = (
+                _is_adaptive(meta) if lane["warmup"] else lane["video_frames"][0] < videos["video_latents"].shape[2]
+            )
+            if is_seen:
+                number = None if len(call["lanes"]) == 1 else lane["lane"]
+                found.append(_Forward(call["call"], number, lane["timestep"]))
     return found
 
 
 def _draws(meta: dict[str, Any], videos: dict[str, torch.Tensor], forwards: list[_Forward]) -> list[torch.Tensor]:
-    """Of noise between steps; the last lane draws none."""
-    steps = len(meta["denoising_steps"])
-    first = in_order(videos, "renoise.prepare.")
-    streamed = [f for f in forwards if f.call >= steps and f.lane < steps - 1]
-    return first + [videos[f"renoise.call{forward.call:03}.lane{forward.lane}"] for forward in streamed]
+    """Of noise between steps, in our order: of a call the oldest chunk, in the last lane, comes first. The last step
+    of a chunk draws none."""
+    steps, draws = len(meta["denoising_steps"]), in_order(videos, "renoise.prepare.")
+    streamed = [forward for forward in forwards if forward.call >= steps]
+    for forward in sorted(streamed, key=lambda forward: (forward.call, -(forward.lane or 0))):
+        own = "" if forward.lane is None else f"lane{forward.lane}"
+        draws += in_order(videos, f"renoise.call{forward.call:03}.{own}")
+    return draws
 
 
 class _RecordedSource:
@@ -142,42 +168,56 @@ class _RecordedSource:
 
     def next_frames(self, num_frames: int, normalized: bool) -> SourceFrames:
         left = self._latents.shape[2]
+        if left == 0:
+            raise SourceEndedError("the recording ends here")
         num_pixels = self._pixels.shape[2] - 4 * (left - num_frames)
         taken = SourceFrames(self._latents[:, :, :num_frames], self._pixels[:, :, :num_pixels])
         self._latents, self._pixels = self._latents[:, :, num_frames:], self._pixels[:, :, num_pixels:]
         return taken
 
 
-class _LaneCaches:
-    """What the cache of a lane holds after each of its forwards, in order of time."""
+class _LaneRecorder:
+    """What a lane predicts, and what its cache then holds, slot by slot: forward after forward, lane after lane."""
 
     def __init__(self, layer: int) -> None:
         self._layer = layer
-        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.predictions: list[Prediction] = []
+        self._held: list[list[torch.Tensor]] = []
 
-    def recording(self) -> Any:
-        predict = Denoiser.predict
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        predict, predict_lanes = Denoiser.predict, Denoiser.predict_lanes
 
-        def recording_predict(
-            denoiser: Denoiser, latents: torch.Tensor, window: Window, lane: int = 0
-        ) -> torch.Tensor:
-            flow = predict(denoiser, latents, window, lane)
-            block = denoiser.lanes[lane].caches[0].block_caches[self._layer]
-            assert block.cached_key is not None
-            assert block.cached_value is not None
-            self._held.append((block.cached_key.clone(), block.cached_value.clone()))
+        def recording_predict(denoiser: Denoiser, latents: torch.Tensor, window: Window) -> torch.Tensor:
+            flow = predict(denoiser, latents, window)
+            self._record(latents, window, flow, denoiser.experts[0].caches[0])
             return flow
 
-        return patch.object(Denoiser, "predict", recording_predict)
+        def recording_lanes(
+            denoiser: Denoiser, latents: Sequence[torch.Tensor], windows: Sequence[Window], first_lane: int
+        ) -> list[torch.Tensor]:
+            flows = predict_lanes(denoiser, latents, windows, first_lane)
+            caches = denoiser.experts[0].lanes[0].lanes[first_lane:]
+            for of_lane in zip(latents, windows, flows, caches, strict=False):  # the last lanes may have nothing to do
+                self._record(*of_lane)
+            return flows
 
-    def difference(self, tensors: dict[str, torch.Tensor], forwards: list[_Forward], frame_tokens: int) -> float:
+        with (
+            patch.object(Denoiser, "predict", recording_predict),
+            patch.object(Denoiser, "predict_lanes", recording_lanes),
+        ):
+            yield
+
+    def _record(self, latents: torch.Tensor, window: Window, flow: torch.Tensor, cache: WanKVCache) -> None:
+        self.predictions.append(Prediction(window.timesteps, latents.clone(), flow.clone()))
+        block = cache.block_caches[self._layer].state_dict()
+        self._held.append([block["key"].clone(), block["value"].clone()])
+
+    def difference(self, tensors: dict[str, torch.Tensor], forwards: list[_Forward]) -> float:
         got, expected = [], []
         for held, forward in zip(self._held, forwards, strict=True):
-            slots = sorted(range(len(forward.attended)), key=lambda slot: forward.attended[slot])
-            for ours, of in zip(held, ("k", "v"), strict=True):
-                name = f"kv.call{forward.call:03}.{of}"
-                if name in tensors:
-                    frames = tensors[name][forward.lane : forward.lane + 1].split(frame_tokens, dim=1)
+            for ours, of in zip(held, (".k", ".v"), strict=True):
+                if f"kv.call{forward.call:03}{of}" in tensors:
                     got.append(ours)
-                    expected.append(torch.cat([frames[slot] for slot in slots], dim=1))
+                    expected.append(forward.row(tensors, "kv", of)[:, : ours.shape[1]])
         return largest_difference(got, expected)

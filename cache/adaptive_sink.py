@@ -1,0 +1,109 @@
+"""A sink that gives up frames which no longer look like the video: StreamDiffusionV2.
+
+Before a frame is written, the means of its keys and of its values are compared with those of every sink frame. If the
+sink frame that is least like it is less like it than a threshold, its slots are the next to be written, and what is
+written there then belongs to the sink. After chenfengxu714/StreamDiffusionV2 (`models/wan/causal_model.py`), where too
+a sink frame that is not there yet is like nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from wan_autoregressive.cache.token_buffer import TokenBuffer
+
+
+@dataclass(frozen=True)
+class AdaptiveSink:
+    """For caches that are written frame by frame.
+
+    Args:
+        threshold (`float`): Mean of both cosines, -1 to 1, below which a sink frame is given up.
+        sink_frames, window_frames (`int`): Of the cache.
+        frame_size (`int`): Tokens of a frame.
+    """
+
+    threshold: float
+    sink_frames: int
+    window_frames: int
+    frame_size: int
+
+    def similarity(
+        self, cached: tuple[TokenBuffer, TokenBuffer], frame: tuple[torch.Tensor, torch.Tensor], held_frames: int
+    ) -> torch.Tensor:
+        """How much each sink frame is like the new one, `(batch, sink_frames)`: mean cosine of keys and values.
+
+        Args:
+            cached: Keys and values as they are kept.
+            frame: Those of the new frame, `(batch, frame_size, heads, head_dim)`.
+            held_frames (`int`): Frames that are in the cache; later ones are like nothing, 0.
+        """
+        held = min(held_frames, self.sink_frames)
+        cosines = []
+        for buffer, new in zip(cached, frame, strict=True):
+            sink = buffer.read(0, held * self.frame_size).unflatten(1, (held, self.frame_size))
+            cosines.append(F.cosine_similarity(sink.mean(2).flatten(2), new.mean(1, keepdim=True).flatten(2), dim=-1))
+        return F.pad((cosines[0] + cosines[1]) / 2, (0, self.sink_frames - held))
+
+
+class SinkQueue:
+    """Which frame's slots are written next, for each row of a batch, on the device: nothing waits for it.
+
+    Given-up sink frames come first, the newest of them before the others; then the other frames in turn. A forward
+    works on a copy, which `commit` takes over: one that failed changes nothing.
+
+    Args:
+        rows (`int`): Of the batch.
+        most (`int`): Forwards at most before the window is full; each may give up a frame.
+    """
+
+    def __init__(self, sink: AdaptiveSink, rows: int, most: int, device: torch.device) -> None:
+        self.sink = sink
+        with torch.inference_mode(False):  # to be written outside of that mode as well
+            self._state = torch.empty(2, rows, 2 + most + 1, dtype=torch.int64, device=device)
+        self.reset()
+
+    def begin(self) -> None:
+        """A forward is about to write."""
+        self._state[1].copy_(self._state[0])
+
+    def commit(self) -> None:
+        """It has succeeded."""
+        self._state[0].copy_(self._state[1])
+
+    def next_slots(self, start: int, similarity: torch.Tensor, is_full: bool) -> torch.Tensor | None:
+        """The slots of a new frame, `(rows, frame_size)`, for rows from `start` on; `None` while the window fills.
+
+        Args:
+            similarity (`torch.Tensor` of shape `(rows, sink_frames)`): Of the sink frames and the new one.
+        """
+        state = self._state[1, start : start + len(similarity)]
+        given_up, count, following = state[:, 2:], state[:, :1], state[:, 1:2]
+        lowest, frame = similarity.min(dim=1, keepdim=True)
+        given_up.scatter_(1, count, frame)
+        count += lowest < self.sink.threshold
+        if not is_full:
+            return None
+        is_given_up = count > 0
+        chosen = torch.where(is_given_up, given_up.gather(1, (count - 1).clamp(min=0)), following)
+        count -= is_given_up.to(count.dtype)
+        first, others = self.sink.sink_frames, self.sink.window_frames - self.sink.sink_frames
+        following.copy_(torch.where(is_given_up, following, first + (following + 1 - first) % others))
+        size = self.sink.frame_size
+        return chosen * size + torch.arange(size, device=chosen.device)
+
+    def reset(self) -> None:
+        self._state.zero_()
+        self._state[:, :, 1] = self.sink.sink_frames
+
+    def state_dict(self) -> torch.Tensor:
+        """Between two forwards: for each row how many frames are given up, who is next in turn, and which they are."""
+        return self._state[0]
+
+    def load_state_dict(self, state: torch.Tensor) -> None:
+        self._state[0].copy_(state)
+
+    @property
+    def nbytes(self) -> int:
+        return self._state.nbytes
