@@ -217,14 +217,14 @@ class LaneCaches:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the later lanes' keys and values, and of what says where they go."""
-        queues = sum(queue.nbytes for queue in self._queues)
-        return sum(lane.allocated_bytes for lane in self.lanes[1:]) + queues
+        """Bytes of the later lanes' keys and values."""
+        return sum(lane.allocated_bytes for lane in self.lanes[1:])
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the numbers of slots."""
-        return self._slots.nbytes + sum(lane.slots.nbytes for lane in self.lanes[1:])
+        """Bytes of what says into which slots they go."""
+        numbers = self._slots.nbytes + sum(lane.slots.nbytes for lane in self.lanes[1:])
+        return numbers + sum(queue.nbytes for queue in self._queues)
 
     def _share(self) -> None:
         if self.lanes[0].block_caches[0].buffers is None:  # nothing has been written yet

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from wan_autoregressive.scripts.costs.workload import Workload, add_workload_flags, workload_of
+from wan_autoregressive.scripts.costs.workload import Workload, add_sampler_flags, add_workload_flags, workload_of
 
 if TYPE_CHECKING:
     from wan_autoregressive.scripts.costs.memory import MemoryEstimate
@@ -29,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "estimate", help="compute the memory and the FLOPs of a model of any size", description=_DESCRIPTION
     )
     add_workload_flags(parser)
+    add_sampler_flags(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
     parser.set_defaults(run=run)
     return parser
