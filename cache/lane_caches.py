@@ -18,7 +18,7 @@ from wan_autoregressive.cache.positions import FramePositions
 from wan_autoregressive.cache.rotary import RotaryEmbedding
 from wan_autoregressive.cache.static_buffers import StaticBuffers
 from wan_autoregressive.cache.token_buffer import TokenBuffer
-from wan_autoregressive.cache.token_window import PastView
+from wan_autoregressive.cache.token_window import PastView, Span
 
 
 class LaneBlock:
@@ -79,8 +79,7 @@ class LaneBlock:
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`WanKVBlockCache.write`], for a batch of the lanes that are used, lane after lane."""
-        window, queue = self._open, self._queue
-        assert window is not None
+        window, queue = self._needed_open(), self._queue
         if queue is not None:
             similarity = queue.sink.similarity((window.key, window.value), (key, value), self._held_frames)
             slots = queue.next_slots(self._first_row, similarity, self._is_full)
@@ -92,6 +91,27 @@ class LaneBlock:
         self._open = None
         if self._queue is not None:
             self._queue.commit()
+
+    @property
+    def planned_kept(self) -> int:
+        """Tokens that the planned `write` puts into each lane."""
+        return self._needed_open().slots.chunk.shape[1]
+
+    @property
+    def planned_places(self) -> tuple[Span, ...]:
+        """Of the tokens that the planned `write` returns, for each lane the same."""
+        return ((0, self._needed_open().key.capacity),)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a key and its value are kept in, in all lanes of the planned `write`."""
+        window = self._needed_open()
+        return sum(buffer.nbytes // buffer.capacity for buffer in (window.key, window.value))
+
+    def _needed_open(self) -> OpenWindow:
+        if self._open is None:
+            raise RuntimeError("no write is planned: call LaneCaches.begin_forward() first")
+        return self._open
 
     @property
     def queue(self) -> SinkQueue | None:
@@ -217,14 +237,14 @@ class LaneCaches:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the later lanes' keys and values, and of what says where they go."""
-        queues = sum(queue.nbytes for queue in self._queues)
-        return sum(lane.allocated_bytes for lane in self.lanes[1:]) + queues
+        """Bytes of the later lanes' keys and values."""
+        return sum(lane.allocated_bytes for lane in self.lanes[1:])
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the numbers of slots."""
-        return self._slots.nbytes + sum(lane.slots.nbytes for lane in self.lanes[1:])
+        """Bytes of what says into which slots they go."""
+        numbers = self._slots.nbytes + sum(lane.slots.nbytes for lane in self.lanes[1:])
+        return numbers + sum(queue.nbytes for queue in self._queues)
 
     def _share(self) -> None:
         if self.lanes[0].block_caches[0].buffers is None:  # nothing has been written yet

@@ -138,22 +138,22 @@ class ConditionMemory:
         if image_embeds is not None:
             if self._image is None or self._image[0] is not image_embeds:
                 self._texts.clear()  # they point to the keys and values of another image
-                self._image = image_embeds, self._blocks("image", image_embeds.shape[1], like, images)
+                self._image = image_embeds, self._blocks("image", image_embeds, like, images)
             images = self._image[1]
         key = id(embeds), 0 if embeds.is_inference() else embeds._version
         if key not in self._texts:
             place = len(self._texts)
             if place == self._num_prompts:
                 place = self._texts.popitem(last=False)[1].place  # the least recently used one makes room
-            self._texts[key] = TextConditions(embeds, place, self._blocks(place, embeds.shape[1], like, images))
+            self._texts[key] = TextConditions(embeds, place, self._blocks(place, embeds, like, images))
         self._texts.move_to_end(key)
         return self._texts[key]
 
     def _blocks(
-        self, name: Hashable, tokens: int, like: torch.Tensor, images: Sequence[BlockTextConditions | None]
+        self, name: Hashable, embeds: torch.Tensor, like: torch.Tensor, images: Sequence[BlockTextConditions | None]
     ) -> list[BlockTextConditions]:
-        """Memory for the keys and values of so many tokens in all blocks, one for each of `images`."""
-        shape, blocks = (like.shape[0], tokens, *like.shape[2:]), []
+        """Memory for the keys and values of these embeddings in all blocks, one for each of `images`."""
+        shape, blocks = (*embeds.shape[:2], *like.shape[2:]), []
         for index, image in enumerate(images):
             key, value = (self._text_kv.empty((name, index, of), shape, like.dtype, like.device) for of in ("k", "v"))
             blocks.append(BlockTextConditions(key, value, image))

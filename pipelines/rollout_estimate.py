@@ -45,7 +45,8 @@ def estimate_rollout(
     if cached_frames is not None:
         tokens = cached_frames * components.tokens_per_frame(config)
         cache = components.new_kv_cache(config, grid.total_frames)
-        cache_bytes = experts * config.num_branches * transformer.kv_cache_bytes(tokens, batch_size, cache)
+        caches = experts * config.num_branches * sampler.num_caches(config, later)
+        cache_bytes = caches * transformer.kv_cache_bytes(tokens, batch_size, cache)
     # As many numbers per token as the self-attention has. An image's are the same under both prompts.
     text_bytes = experts * config.num_branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
     if components.condition_channels and components.image_encoder is not None:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from wan_autoregressive.scripts.costs.workload import WEIGHT_FORMATS, Workload, add_workload_flags, workload_of
+from wan_autoregressive.scripts.costs.workload import (
+    WEIGHT_FORMATS,
+    Workload,
+    add_sampler_flags,
+    add_workload_flags,
+    workload_of,
+)
 
 if TYPE_CHECKING:
     from wan_autoregressive.scripts.costs.memory import MemoryEstimate
@@ -32,6 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--weights", choices=WEIGHT_FORMATS, help="of the transformer, in fewer bits (default: in --dtype)"
     )
+    add_sampler_flags(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
     parser.set_defaults(run=run)
     return parser

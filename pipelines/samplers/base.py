@@ -173,6 +173,15 @@ class Sampler:
         return config.num_source_steps(listed)
 
     @classmethod
+    def num_caches(cls, config: RolloutConfig, steps: int) -> int:
+        """Caches that are held for each prompt.
+
+        Args:
+            steps: Denoising steps of a chunk.
+        """
+        return 1
+
+    @classmethod
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:

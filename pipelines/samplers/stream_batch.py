@@ -257,6 +257,10 @@ class StreamBatchSampler(Sampler):
         return listed
 
     @classmethod
+    def num_caches(cls, config: RolloutConfig, steps: int) -> int:
+        return 1 if config.sampler_options.get("sequential") else steps
+
+    @classmethod
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:

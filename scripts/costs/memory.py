@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_autoregressive.models.codec import codec_of
-from wan_autoregressive.pipelines.denoiser import Window
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode, flop_counter
 from wan_autoregressive.scripts.costs.build import build_pipeline, cast_weights, start_rollout, weights_bytes
-from wan_autoregressive.scripts.costs.formulas import costs_per_chunk
+from wan_autoregressive.scripts.costs.formulas import StageCosts, costs_per_chunk
+from wan_autoregressive.scripts.costs.sampler_costs import steady_costs
 from wan_autoregressive.scripts.costs.weight_formats import formatted_bytes, unpacked_bytes
 from wan_autoregressive.scripts.costs.workload import Workload
 
@@ -37,7 +37,7 @@ class MemoryEstimate:
     text_kv_bytes: int
     vae_state_bytes: int
     latents_bytes: int
-    """Of the window, which a re-cache starts from, and of the chunk in the making."""
+    """Of the window, which a re-cache starts from, of the chunk in the making and of others in flight."""
     input_bytes: int
     """What forwards read beside weights, keys and values: rotary tables above all."""
     forward_peak_bytes: int
@@ -83,10 +83,9 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
     workload = dataclasses.replace(workload, device="meta")
     pipe = build_pipeline(workload)
     held = pipe.estimate(**dataclasses.asdict(workload.rollout))
-    windowed = workload.rollout.window_frames is not None
-    steady_chunk = workload.chunks_to_fill + 1 if windowed else workload.chunks - 1
+    steady_chunk = _steady_chunk(workload)
     decode, decode_flops = count_decode(workload)
-    rollout, forward = _count_forward(workload, steady_chunk)
+    rollout, forward, latents_bytes = _count_forward(workload, steady_chunk)
     transformer_bytes, unpacked = weights_bytes(pipe.transformer), 0
     if weights is not None:
         transformer_bytes = formatted_bytes(pipe.transformer, weights)
@@ -99,13 +98,34 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
         kv_cache_bytes=held.kv_cache_bytes or 0,
         text_kv_bytes=held.text_kv_bytes,
         vae_state_bytes=held.vae_state_bytes or 0,
-        latents_bytes=rollout.history.nbytes + _latents(workload).nbytes,
+        latents_bytes=latents_bytes,
         input_bytes=rollout.denoiser.input_bytes,
         forward_peak_bytes=forward.peak_bytes + unpacked,
         decode_peak_bytes=decode.peak_bytes,
-        flops={stage: costs.flops for stage, costs in costs_per_chunk(workload, steady_chunk).items()}
+        flops={stage: costs.flops for stage, costs in _costs(workload, steady_chunk).items()}
         | {"decode": decode_flops[1]},
     )
+
+
+def _steady_chunk(workload: Workload) -> int:
+    """From which on every chunk costs the same; without a window the last one."""
+    rollout = workload.rollout
+    if rollout.window_frames is None:
+        return workload.chunks - 1
+    filled, options = workload.chunks_to_fill + 1, rollout.sampler_options
+    later = {
+        "memory_bank": rollout.memory_bank_frames * options.get("bank_interval", 3),
+        "rolling": options.get("attended_frames", 21) // rollout.chunk_frames,
+        "stream_batch": workload.steps,
+    }
+    return filled + later.get(rollout.sampler, 0)
+
+
+def _costs(workload: Workload, chunk_index: int) -> dict[str, StageCosts]:
+    if workload.rollout.sampler == "chunkwise":
+        return costs_per_chunk(workload, chunk_index)
+    rollout, config = workload.rollout, workload.model.transformer
+    return steady_costs(config, rollout, workload.steps, workload.tokens_per_frame, itemsize=1)
 
 
 @torch.no_grad()
@@ -140,30 +160,38 @@ def _text_encoder_bytes(workload: Workload) -> int:
     return weights_bytes(encoder)
 
 
-def _count_forward(workload: Workload, chunk_index: int) -> tuple[WanRollout, AllocationCounts]:
-    """Of the first forward of a chunk, with the rollout that is then at that chunk.
+def _count_forward(workload: Workload, chunk_index: int) -> tuple[WanRollout, AllocationCounts, int]:
+    """Of the largest forward of a chunk, with the rollout that has made that chunk, and the bytes of its latents.
 
     Two layers have the peak of all: a layer leaves nothing but what is held.
     """
     model = workload.model.with_layers(min(workload.model.layers, 2))
     workload = dataclasses.replace(workload, model=model, with_vae=False)
-    rollout, latents = start_rollout(build_pipeline(workload), workload), _latents(workload)
-
-    def window(timestep: float, index: int) -> Window:
-        start = index * workload.rollout.chunk_frames
-        return Window(range(start, start + workload.rollout.chunk_frames), (timestep,))
-
-    timesteps = rollout.schedulers[1].timesteps.tolist()
-    counts = AllocationCounts()
+    if workload.rollout.sampler == "recompute":  # the same forwards without pixels
+        options = {**workload.rollout.sampler_options, "keep_first_frame": True}
+        workload = workload.with_rollout(sampler_options=options)
+    rollout, counts = start_rollout(build_pipeline(workload), workload), AllocationCounts()
     with _FusedAttention():
-        for index in range(chunk_index):
-            for timestep in timesteps if index == 0 else timesteps[:1]:  # each is embedded once
-                rollout.denoiser.predict(latents, window(timestep, index))
-            rollout.denoiser.cache_context(latents, window(workload.rollout.context_noise, index))
-            rollout.history.append(latents)
+        for _ in range(chunk_index):
+            rollout.make_latents(rollout.begin_chunk())
+        latents_bytes = rollout.history.nbytes + rollout.sampler.nbytes + _latents(workload).nbytes
+        for name in ("predict", "predict_lanes", "cache_context"):
+            setattr(rollout.denoiser, name, _counted(getattr(rollout.denoiser, name), counts))
+        rollout.make_latents(rollout.begin_chunk())
+    return rollout, counts, latents_bytes
+
+
+def _counted(forward: Any, most: AllocationCounts) -> Any:
+    """A forward that leaves the most that it ever had at once in `most`."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts = AllocationCounts()
         with AllocationMode(counts):
-            rollout.denoiser.predict(latents, window(timesteps[0], chunk_index))
-    return rollout, counts
+            result = forward(*args, **kwargs)
+        most.peak_bytes = max(most.peak_bytes, counts.peak_bytes)
+        return result
+
+    return counted
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_FORMATS = ("int8", "float8", "q8_0", "q5_0", "q4_0")
 """Of the transformer: torchao's int8, layerwise casting to float8, GGUF files with all matrices of the blocks so."""
 _ROLLOUT_FLAGS = ("chunk_frames", "window_frames", "sink_frames", "position_mode", "kv_dtype")
+_SAMPLER_FLAGS = ("sampler", "sampler_options", "memory_bank_frames")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,12 @@ class Workload:
         height, width = self.model.latent_size(self.rollout.height, self.rollout.width)
         return 1, self.model.channels, self.rollout.chunk_frames, height, width
 
+    @property
+    def _sampling(self) -> str:
+        if self.rollout.sampler == "chunkwise":
+            return f"{self.steps} steps and a clean pass per chunk"
+        return f"{self.steps} steps per chunk with sampler {self.rollout.sampler}"
+
     def with_rollout(self, **changes: Any) -> Workload:
         """The same with other settings of the rollout."""
         return replace(self, rollout=replace(self.rollout, **changes))
@@ -98,8 +107,7 @@ class Workload:
         return (
             f"{self.model.name}: {pair}{self.model.layers} layers of {self.model.dim}, "
             f"{rollout.height}x{rollout.width}, {self.tokens_per_frame} tokens per latent frame, "
-            f"chunk {rollout.chunk_frames}, {window}, sink {rollout.sink_frames}, "
-            f"{self.steps} steps and a clean pass per chunk\n"
+            f"chunk {rollout.chunk_frames}, {window}, sink {rollout.sink_frames}, {self._sampling}\n"
             f"{self.dtype}"
             + ("" if rollout.kv_dtype is None else f", K/V {rollout.kv_dtype}")
             + (", tiny VAE" if self.tiny_vae else "")
@@ -116,6 +124,9 @@ def make_workload(
     sink_frames: int | None = None,
     position_mode: str = "absolute",
     kv_dtype: str | None = None,
+    sampler: str = "chunkwise",
+    sampler_options: Mapping[str, Any] | None = None,
+    memory_bank_frames: int = 0,
     steps: int = 4,
     chunks: int = 6,
     **others: Any,
@@ -144,6 +155,10 @@ def make_workload(
         sink_frames=sink_frames,
         position_mode=position_mode,  # type: ignore[arg-type]  # checked by it
         kv_dtype=kv_dtype,  # type: ignore[arg-type]
+        sampler=sampler,
+        sampler_options=sampler_options or {},
+        memory_bank_frames=memory_bank_frames,
+        switch_policy="cross_attention" if sampler in ("recompute", "stream_batch") else "recache",
         num_inference_steps=steps,
     )
     return Workload(model, rollout, chunks, **others)
@@ -171,6 +186,14 @@ def add_workload_flags(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="default: float32")
 
 
+def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what `workload_of` reads as well where it is there."""
+    add = parser.add_argument
+    add("--sampler", default="chunkwise", metavar="NAME", help="see docs/SAMPLERS.md (default: chunkwise)")
+    add("--sampler-options", type=json.loads, default={}, metavar="JSON", help="its parameters by name")
+    add("--memory-bank-frames", type=int, default=0, metavar="N", help="of sampler memory_bank (default: 0)")
+
+
 def workload_of(args: argparse.Namespace, **others: Any) -> Workload:
     """The workload that the flags ask for; ValueError for values that cannot work."""
     return make_workload(
@@ -178,7 +201,7 @@ def workload_of(args: argparse.Namespace, **others: Any) -> Workload:
         layers=args.layers,
         height=args.height,
         width=args.width,
-        **{name: getattr(args, name) for name in _ROLLOUT_FLAGS},
+        **{name: getattr(args, name) for name in (*_ROLLOUT_FLAGS, *_SAMPLER_FLAGS) if hasattr(args, name)},
         steps=args.steps,
         chunks=args.chunks,
         with_vae=args.vae,

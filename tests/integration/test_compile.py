@@ -31,11 +31,9 @@ def rollout_latents(model, num_frames=4 * (3 * CHUNKS - 1) + 1, switch_frame=12,
         height=32,
         width=32,
         num_frames=num_frames,
-        window_frames=9,
-        sink_frames=3,
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
-        **options,
+        **{"window_frames": 9, "sink_frames": 3, **options},
     ).frames
 
 
@@ -88,6 +86,35 @@ def test_compiled_blocks_settle_on_a_few_graphs(position_mode, kv_dtype):
     assert [len(graphs) for graphs in graphs_of_block.values()] == [2] * (NUM_LAYERS - 1) + [4]
     # Blocks share them: however many there are, torch's limit of recompilations is not reached.
     assert len(set.union(*graphs_of_block.values())) == 4
+
+
+SAMPLERS = {
+    "memory_bank": {"sampler": "memory_bank", "memory_bank_frames": 2},
+    "rolling": {
+        **{"sampler": "rolling", "position_mode": "sink_relative", "window_frames": 12},
+        "sampler_options": {"attended_frames": 15},
+    },
+    "recompute": {
+        **{"sampler": "recompute", "window_frames": 6, "sink_frames": 0, "switch_policy": "cross_attention"},
+        "sampler_options": {"keep_first_frame": True},
+    },
+    "stream_batch": {"sampler": "stream_batch", "switch_policy": "cross_attention"},
+    "stream_batch, adaptive sink": {
+        **{"sampler": "stream_batch", "switch_policy": "cross_attention", "num_frames": 4 * 29 + 1},
+        **{"chunk_frames": 1, "first_chunk_frames": 2, "sampler_options": {"adaptive_sink": 0.5}},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_settles_on_a_few_graphs_for_each_block(name):
+    torch._dynamo.reset()
+    model = tiny_model()
+    expected = rollout_latents(model, **SAMPLERS[name])
+    graphs_of_block = count_graphs_by_block(model)
+    torch.testing.assert_close(rollout_latents(model, **SAMPLERS[name]), expected, rtol=0, atol=1e-5)
+    assert {len(graphs) for graphs in graphs_of_block.values()} <= {1, 2, 3, 4}
 
 
 @pytest.mark.slow

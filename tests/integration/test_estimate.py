@@ -23,11 +23,25 @@ VARIANTS = {
     "int8": {"kv_dtype": "int8"},
     "relative": {"position_mode": "relative"},
     "sink_relative": {"position_mode": "sink_relative"},
+    "memory_bank": {"sampler": "memory_bank", "memory_bank_frames": 2, "sampler_options": {"bank_interval": 1}},
+    "rolling": {
+        **{"sampler": "rolling", "sink_frames": 0, "window_frames": 9, "position_mode": "sink_relative"},
+        "sampler_options": {"attended_frames": 9},
+    },
+    "recompute": {
+        **{"sampler": "recompute", "sink_frames": 0, "window_frames": 6},
+        "sampler_options": {"keep_first_frame": True},
+    },
+    "stream_batch": {"sampler": "stream_batch"},
     "tiles": {"vae_tiling": True, "height": 288, "window_frames": 6},
     "tiny VAE": {"tiny_vae": True},
     "pair": {"steps": 4, "model": replace(ModelSizes.of_preset("demo"), experts=2)},
 }
-SLOW = ("no window", "more layers", "sink_relative", "tiles")
+SLOW = ("no window", "more layers", "sink_relative", "tiles", "memory_bank", "rolling", "recompute", "pair")
+
+
+CHUNKS_MORE = {"memory_bank": 2, "rolling": 3, "stream_batch": 2}
+"""That a sampler takes longer until every chunk costs the same."""
 
 
 @pytest.mark.parametrize(
@@ -47,14 +61,16 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
 
     rollout, counted = start_rollout(pipe, workload), start_rollout(pipe, workload)
     last = workload.chunks - 1 if workload.window_tokens is None else workload.chunks_to_fill + 1
+    last += CHUNKS_MORE.get(workload.rollout.sampler, 0)
     for _ in range(last):
         rollout.step()
         counted.step()
     assert {stage: counts.flops for stage, counts in count_step(counted).items()} == estimate.flops
-    peaks: dict[str, list[int]] = {"predict": [], "decode": []}
+    peaks: dict[str, list[int]] = {"predict": [], "predict_lanes": [], "decode": []}
     count_peaks(monkeypatch, rollout.denoiser, "predict", peaks)
+    count_peaks(monkeypatch, rollout.denoiser, "predict_lanes", peaks)
     count_peaks(monkeypatch, rollout.vae_decoder, "decode", peaks)
-    latents_bytes = rollout.history.nbytes + rollout.step().latents.nbytes
+    latents_bytes = rollout.history.nbytes + rollout.sampler.nbytes + rollout.step().latents.nbytes
 
     assert rollout.denoiser.kv_cache_bytes == estimate.kv_cache_bytes
     assert rollout.denoiser.text_kv_bytes == estimate.text_kv_bytes
@@ -62,7 +78,7 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     assert latents_bytes == estimate.latents_bytes
     assert rollout.denoiser.input_bytes == estimate.input_bytes
     assert peaks["decode"] == [estimate.decode_peak_bytes]
-    assert max(peaks["predict"]) == estimate.forward_peak_bytes
+    assert max(peaks["predict"] + peaks["predict_lanes"]) == estimate.forward_peak_bytes
 
 
 def count_peaks(monkeypatch, holder, name, peaks):

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
+import torch
 from recorded_operations import Recording, record_to_replay
 from saved_rollouts import assert_same, noise, start
 
@@ -13,6 +14,37 @@ from wan_autoregressive.models.forward_plan import ForwardPlan
 
 WINDOW = {"num_frames": 93, "window_frames": 6, "sink_frames": 1, "chunk_frames": 2}  # 12 chunks
 CHUNKS_TO_FILL = 3
+
+SIZE = {"num_frames": None, "chunk_frames": 2, "window_frames": 6, "output_type": "latent"}
+STREAM_BATCH = {**SIZE, "sampler": "stream_batch", "switch_policy": "cross_attention"}
+SAMPLERS = {
+    "memory_bank": {**SIZE, "sampler": "memory_bank", "sink_frames": 1, "memory_bank_frames": 2},
+    "rolling": {
+        **SIZE,
+        **{"sampler": "rolling", "sink_frames": 1, "window_frames": 9, "position_mode": "sink_relative"},
+        "sampler_options": {"attended_frames": 8},
+    },
+    "recompute": {
+        **SIZE,
+        **{"sampler": "recompute", "switch_policy": "cross_attention"},
+        "sampler_options": {"context_frames": 3, "keep_first_frame": True},
+    },
+    "stream_batch": {**STREAM_BATCH, "sink_frames": 1},
+    "stream_batch, relative": {**STREAM_BATCH, "sink_frames": 1, "position_mode": "relative"},
+    "stream_batch, moved sink": {**STREAM_BATCH, "sink_frames": 1, "position_mode": "sink_relative"},
+    "stream_batch, int8": {**STREAM_BATCH, "kv_dtype": "int8"},
+    "stream_batch, adaptive sink": {
+        **STREAM_BATCH,
+        **{"chunk_frames": 1, "sink_frames": 3, "sampler_options": {"adaptive_sink": 0.9}},
+    },
+}
+CONTEXT = {
+    "memory_bank": [(True, 2, 4, 1)],
+    "rolling": [(True, 2, 4, 1)],
+    "recompute": [(True, 1, 4, 1), (True, 2, 4, 1)],
+}
+STEPS = {"memory_bank": (2, 8), "rolling": (4, 4), "recompute": (2, 8), "stream_batch, adaptive sink": (1, 4)}
+CHUNKS_TO_SETTLE = 9
 
 Kind = tuple[bool, int, int]
 """Whether a forward ends with the last keys and values, its latent frames, and its cache."""
@@ -83,6 +115,43 @@ def test_forwards_that_were_captured_make_the_rest_of_the_video(pipe, position_m
     # captured; a new prompt's first step is computed, and its re-cache replaces a pass.
     assert forwards.graphs == 2
     assert forwards.replays == (2 * 10 - 1 - 1) + (9 - 1 - 1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_is_the_same_operations_on_the_same_memory(pipe, forwards, name):
+    """In 4 chunks of 2 steps; lanes take both at once."""
+    rollout = start(pipe, **SAMPLERS[name])
+    for _ in range(CHUNKS_TO_SETTLE):
+        rollout.step()
+    forwards.clear()
+    for _ in range(4):
+        rollout.step()
+    frames, count = STEPS.get(name, (2, 4))
+    assert counted(forwards) == [(False, frames, count, 1), *CONTEXT.get(name, [])]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_captured_forwards_make_the_rest_of_a_video_with_every_sampler(pipe, monkeypatch, name):
+    rollout, expected = (start(pipe, **SAMPLERS[name]) for _ in range(2))
+    for _ in range(CHUNKS_TO_SETTLE):
+        assert_same([rollout.step()], [expected.step()])
+    expected = [expected.step() for _ in range(5)]
+    captured: dict[tuple[bool, int], tuple[Recording, torch.Tensor | None]] = {}
+    forward = CausalWanTransformer3DModel.forward
+
+    def capture_or_replay(self, hidden_states, *args, attention_kwargs, **kwargs):
+        kind = attention_kwargs["plan"].keys_values_only, hidden_states.shape[2]
+        if kind not in captured:
+            with Recording() as recording:
+                (flow,) = forward(self, hidden_states, *args, attention_kwargs=attention_kwargs, **kwargs)
+            captured[kind] = recording, flow
+        else:
+            captured[kind][0].replay()
+        flow = captured[kind][1]
+        return (None if flow is None else flow.clone(),)
+
+    monkeypatch.setattr(CausalWanTransformer3DModel, "forward", capture_or_replay)
+    assert_same([rollout.step() for _ in range(5)], expected)
 
 
 def test_guidance_has_its_own_memory_for_either_prompt(pipe, forwards):
