@@ -97,8 +97,9 @@ class Workload:
         pair = "two transformers of " if self.model.experts == 2 else ""
         return (
             f"{self.model.name}: {pair}{self.model.layers} layers of {self.model.dim}, "
-            f"{rollout.height}x{rollout.width}, {self.tokens_per_frame} tokens per latent frame, chunk {rollout.chunk_frames}, {window}, "
-            f"sink {rollout.sink_frames}, {self.steps} steps and a clean pass per chunk\n"
+            f"{rollout.height}x{rollout.width}, {self.tokens_per_frame} tokens per latent frame, "
+            f"chunk {rollout.chunk_frames}, {window}, sink {rollout.sink_frames}, {self.steps} steps and a clean pass "
+            "per chunk\n"
             f"{self.dtype}"
             + ("" if rollout.kv_dtype is None else f", K/V {rollout.kv_dtype}")
             + (", tiny VAE" if self.tiny_vae else "")
