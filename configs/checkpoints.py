@@ -37,6 +37,8 @@ class PublishedCheckpoint(BaseModel):
     title: str
     repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$")
     file: str
+    second: str | None = None
+    """Of the second transformer, where the base has two."""
     weights: str = "auto"
     lora: str | None = None
     lora_scale: float = 1.0

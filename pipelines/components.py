@@ -101,6 +101,8 @@ class WanComponents:
     scheduler: SelfForcingScheduler
     codec: VideoCodec | None = None
     """`None` if only latents are asked for."""
+    preview_codec: VideoCodec | None = None
+    """A second, quicker one for a look at every chunk."""
     text_encoder: WanTextEncoder | None = None
     """`None` if only embeddings are passed."""
     transformer_2: CausalWanTransformer3DModel | None = None

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,10 +46,11 @@ class OverlappedRollout(Protocol):
 
 
 def check_decode_alongside(components: WanComponents) -> None:
-    """Raise `ValueError` if a transformer or the VAE is offloaded, whole or in parts."""
-    vae = None if components.codec is None else components.codec.vae
-    first, second = components.transformer, components.transformer_2
-    for name, model in (("transformer", first), ("transformer_2", second), ("vae", vae)):
+    """Raise `ValueError` if a transformer or a VAE is offloaded, whole or in parts."""
+    models: dict[str, Any] = {"transformer": components.transformer, "transformer_2": components.transformer_2}
+    for name, codec in (("vae", components.codec), ("preview_vae", components.preview_codec)):
+        models[name] = None if codec is None else codec.vae
+    for name, model in models.items():
         if model is not None and is_offloaded(model):
             raise ValueError(
                 f"decode_alongside runs the transformer and the VAE at the same time, but the {name} is offloaded "

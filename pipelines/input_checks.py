@@ -109,6 +109,19 @@ def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: 
         )
 
 
+def check_preview(components: WanComponents) -> None:
+    """Raise `ValueError` for a preview VAE of other latents than the transformer's."""
+    codec, geometry = components.preview_codec, components.geometry
+    names = "latent_channels", "scale_factor_spatial", "scale_factor_temporal"
+    for name in names if codec is not None else ():
+        got, needed = getattr(codec, name), getattr(geometry, name)
+        if got != needed:
+            raise ValueError(
+                f"the preview VAE has {name} {got} and the video {needed}: it is of another model; load the one of "
+                "this one (taew2_1 for Wan 2.1 and Wan2.2-A14B, taew2_2 for Wan2.2-TI2V-5B)"
+            )
+
+
 def check_image(components: WanComponents, image: Any) -> None:
     """Raise `ValueError` unless there is an image where the transformer is conditioned on one, and what encodes it."""
     if not components.condition_channels:

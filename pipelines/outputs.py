@@ -23,6 +23,7 @@ class WanVideoChunk:
         given (`bool`): Whether the caller gave these frames.
         prompt (`list[str]`, *optional*): The prompts it was made with, `None` if only embeddings are known.
         timings (`StageTimings`): Seconds of each stage.
+        preview: The same frames by the preview VAE, in the form of `frames` (`np` for `latent`); `None` without one.
     """
 
     frames: Any
@@ -33,3 +34,4 @@ class WanVideoChunk:
     given: bool
     prompt: list[str] | None
     timings: StageTimings
+    preview: Any = None

@@ -31,6 +31,7 @@ from wan_autoregressive.pipelines.input_checks import (
     check_extensions,
     check_image,
     check_pair,
+    check_preview,
     check_prompts,
     check_sizes,
     check_tensors,
@@ -298,6 +299,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         negative_prompt_embeds: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         on_step_end: StepCallback | None = None,
+        preview_vae: torch.nn.Module | None = None,
         **settings: Unpack[RolloutSettings],
     ) -> WanRollout:
         """Start a video that the caller drives with `step()`.
@@ -317,6 +319,9 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 latent frame from which they hold; taken over at the next chunk boundary.
             on_step_end (`Callable`, *optional*): Called as `f(rollout, chunk, step, timestep, latents)` after every
                 denoising step, `step` counting over all chunks; returns the latents to go on with.
+            preview_vae ([`AutoencoderTinyWan`], *optional*): A second VAE that decodes every chunk first, for a live
+                view beside frames of full quality: `chunk.preview`, and [`WanRollout.on_preview`] before the full VAE
+                begins. With `output_type="latent"` it is the only one.
             settings: The fields of a [`RolloutConfig`]: chunks, window, sink, steps, positions, prompt changes.
 
         Returns:
@@ -327,7 +332,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             TypeError: an argument that there is not.
         """
         # 1. Check inputs
-        schedule, components = dict(prompt_schedule or {}), self.wan_components()
+        schedule, components = dict(prompt_schedule or {}), self._with_preview(preview_vae)
         condition_image = image if components.condition_channels else None
         image = None if components.condition_channels else image
         check_one_of(image=image, video=video, video_latents=video_latents)
@@ -353,6 +358,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         check_experts(components, config)
         check_sizes(components, config, given_frames)
         check_image(components, condition_image)
+        check_preview(components)
         schedulers = components.schedulers(config)
         check_prompts(components, config, [first_prompt, negative, *schedule.values()], list(schedule))
         batch_size = prompt_count(first_prompt) * num_videos_per_prompt
@@ -402,6 +408,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         folder: str | os.PathLike[str],
         generator_device: torch.device | str | None = None,
         on_step_end: StepCallback | None = None,
+        preview_vae: torch.nn.Module | None = None,
     ) -> WanRollout:
         """Go on with a video that [`WanRollout.save`] wrote to `folder`: on the same kind of device every further
         chunk is the same to the bit as if it had never been interrupted.
@@ -411,12 +418,14 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             generator_device (`torch.device`, *optional*): Where its generators shall live if not where they did; of
                 the same kind (another GPU, say). A video without generators goes on with torch's global state.
             on_step_end (`Callable`, *optional*): As for [`rollout`], since a function cannot be saved.
+            preview_vae ([`AutoencoderTinyWan`], *optional*): As for [`rollout`], if the video has had one; it may be
+                left out.
 
         Raises:
             ValueError: nothing was saved there, it is damaged or of another format version, or this pipeline's models
                 have other weights, another config, dtype or tiling. The message names the difference.
         """
-        return WanRollout.load(self.wan_components(), folder, generator_device, on_step_end)
+        return WanRollout.load(self._with_preview(preview_vae), folder, generator_device, on_step_end)
 
     def estimate(self, given_frames: int = 0, batch_size: int = 1, **settings: Any) -> RolloutEstimate:
         """What a rollout with these settings will take, without running anything.
@@ -446,6 +455,12 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             transformer_2=self.transformer_2,
             boundary_ratio=self.config.boundary_ratio,
         )
+
+    def _with_preview(self, preview_vae: torch.nn.Module | None) -> WanComponents:
+        components = self.wan_components()
+        if preview_vae is None:
+            return components
+        return dataclasses.replace(components, preview_codec=codec_of(preview_vae))
 
     def encode_video(self, video: Any, height: int, width: int, batch_size: int = 1) -> torch.Tensor:
         """Normalised latents `(batch_size, channels, latent_frames, height, width)` of given pixel frames.

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import get_module_execution_device
 
 from wan_autoregressive.cache import WanKVCache
 from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
-from wan_autoregressive.models.codec import ChunkDecoder
+from wan_autoregressive.models.codec import ChunkDecoder, VideoCodec
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
 from wan_autoregressive.pipelines.components import Schedulers, WanComponents
@@ -85,6 +86,8 @@ class WanRollout:
         self.grid = components.frame_grid(config, 0 if given_latents is None else given_latents.shape[2])
         self.on_progress: Callable[[], Any] | None = None
         """Called after every denoising step."""
+        self.on_preview: Callable[[WanVideoChunk], Any] | None = None
+        """Called with a chunk whose `preview` is there and whose `frames` are still to be decoded."""
         self._on_step_end = on_step_end
         self._seconds_before = dict(seconds_before or {})
         self._guard = RolloutGuard()
@@ -113,7 +116,9 @@ class WanRollout:
         )
         self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)
         needs_decoder = config.output_type != "latent" or self.sampler.needs_pixels(config)
-        self.vae_decoder = self._new_vae_decoder() if needs_decoder else None
+        self.vae_decoder = self._new_decoder(components.codec) if needs_decoder else None
+        preview = components.preview_codec
+        self.preview_decoder = None if preview is None else self._new_decoder(preview)
         self.chunks_done = 0
         self.frames_done = 0
         """Latent frames that the video has."""
@@ -231,8 +236,9 @@ class WanRollout:
             self.history.clear()
             self.sampler.reset()
             self.switching.reset()
-            if self.vae_decoder is not None:
-                self.vae_decoder.reset()
+            for decoder in (self.vae_decoder, self.preview_decoder):
+                if decoder is not None:
+                    decoder.reset()
             self.chunks_done = self.frames_done = self.steps_done = 0
             self.interrupted = False
             self._guard.mend()
@@ -302,8 +308,10 @@ class WanRollout:
             )
             twin.sampler = self.sampler.fork(twin._context)
             twin.vae_decoder = None if self.vae_decoder is None else self.vae_decoder.fork()
+            twin.preview_decoder = None if self.preview_decoder is None else self.preview_decoder.fork()
             twin._seconds_before = dict(self._seconds_before)
             twin._guard, twin._seconds_lock, twin.on_progress = RolloutGuard(), threading.Lock(), None
+            twin.on_preview = None
             return twin
 
     # What a caller looks at.
@@ -356,7 +364,8 @@ class WanRollout:
     @property
     def nbytes(self) -> int:
         """Bytes held between steps: keys and values, prompts', inputs of forwards, latents, the VAE's state."""
-        decoder = 0 if self.vae_decoder is None else self.vae_decoder.state_bytes
+        decoders = (self.vae_decoder, self.preview_decoder)
+        decoder = sum(decoder.state_bytes for decoder in decoders if decoder is not None)
         parts = self.denoiser.kv_cache_bytes, self.denoiser.text_kv_bytes, self.denoiser.input_bytes
         return sum(parts) + self.history.nbytes + self.sampler.nbytes + decoder
 
@@ -428,22 +437,12 @@ class WanRollout:
     @torch.no_grad()
     def decode_chunk(self, in_flight: ChunkInFlight) -> WanVideoChunk:
         """Make the pixels of a chunk whose latents are made. Leaves alone what `make_latents` uses."""
-        chunk, frames = in_flight.chunk, None
+        chunk, output_type = in_flight.chunk, self.config.output_type
         pixels_finite = None
         first_frame = self.components.geometry.pixel_frames(chunk.start)
-        if self.vae_decoder is not None:
-            device = self.components.codec_device
-            with in_flight.timings.stage("decode", device):
-                pixels = self.vae_decoder.decode(in_flight.latents.to(device))
-                self.sampler.take_pixels(chunk, pixels)
-                if self.config.num_frames is not None:
-                    pixels = pixels[:, :, : self.config.num_frames - first_frame]
-                pixels_finite = pixels.isfinite().all()
-                if self.config.output_type != "latent":
-                    frames = pixels_as(self.config.output_type, pixels)
-        check_finite(in_flight.steps_finite, pixels_finite, chunk)  # last: it waits for the device, as pixels do
-        return WanVideoChunk(
-            frames=frames,
+        num_frames = None if self.config.num_frames is None else self.config.num_frames - first_frame
+        made = WanVideoChunk(
+            frames=None,
             latents=in_flight.latents,
             index=chunk.index,
             start_frame=chunk.start,
@@ -452,6 +451,25 @@ class WanRollout:
             prompt=in_flight.prompt_text,
             timings=in_flight.timings,
         )
+        if self.preview_decoder is not None and (codec := self.components.preview_codec) is not None:
+            device = get_module_execution_device(codec.vae)
+            with in_flight.timings.stage("preview", device):
+                pixels = self.preview_decoder.decode(in_flight.latents.to(device))[:, :, :num_frames]
+                preview = pixels_as("np" if output_type == "latent" else output_type, pixels)
+            made = dataclasses.replace(made, preview=preview)
+            if self.on_preview is not None:
+                self.on_preview(made)
+        if self.vae_decoder is not None:
+            device = self.components.codec_device
+            with in_flight.timings.stage("decode", device):
+                pixels = self.vae_decoder.decode(in_flight.latents.to(device))
+                self.sampler.take_pixels(chunk, pixels)
+                pixels = pixels[:, :, :num_frames]
+                pixels_finite = pixels.isfinite().all()
+                if output_type != "latent":
+                    made = dataclasses.replace(made, frames=pixels_as(output_type, pixels))
+        check_finite(in_flight.steps_finite, pixels_finite, chunk)  # last: it waits for the device, as pixels do
+        return made
 
     def step_done(self, chunk: Chunk, timestep: float, latents: torch.Tensor) -> torch.Tensor:
         """The sampler has made a denoising step on the latents of a chunk; returns those to go on with."""
@@ -487,6 +505,7 @@ class WanRollout:
             "noise": self.noise.state_dict(),
             "history": self.history.state_dict(),
             "vae_decoder": None if self.vae_decoder is None else self.vae_decoder.state_dict(),
+            "preview_decoder": None if self.preview_decoder is None else self.preview_decoder.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], generator_device: torch.device | str | None = None) -> None:
@@ -501,12 +520,15 @@ class WanRollout:
         self.history.load_state_dict(state["history"])
         if self.vae_decoder is not None:
             self.vae_decoder.load_state_dict(state["vae_decoder"])
+        if self.preview_decoder is not None:
+            if state.get("preview_decoder") is None:
+                raise ValueError("this video was made without a preview VAE until now; leave out preview_vae")
+            self.preview_decoder.load_state_dict(state["preview_decoder"])
 
-    def _new_vae_decoder(self) -> ChunkDecoder:
-        codec = self.components.codec
+    def _new_decoder(self, codec: VideoCodec | None) -> ChunkDecoder:
         assert codec is not None
         # On a CPU the state is where it would be parked.
-        parked = self.config.park_vae_state and self.components.codec_device.type != "cpu"
+        parked = self.config.park_vae_state and get_module_execution_device(codec.vae).type != "cpu"
         return codec.decoder(parking_device="cpu" if parked else None)
 
 

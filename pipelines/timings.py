@@ -57,6 +57,11 @@ class StageTimings:
         """VAE decoding of the chunk."""
         return self._seconds("decode")
 
+    @property
+    def preview_s(self) -> float:
+        """Decoding by the preview VAE."""
+        return self._seconds("preview")
+
     def as_dict(self) -> dict[str, float]:
         names = ("text", "encode", "denoise", "clean_pass", "decode")
         return {f"{name}_s": self._seconds(name) for name in names}

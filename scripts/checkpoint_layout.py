@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,20 +102,27 @@ def write_scheduler(folder: Path, denoising_steps: Sequence[float], shift: float
 
 
 def write_model_index(
-    folder: Path, tokenizer_class: str, text_encoder_class: str, expand_timesteps: bool = False
+    folder: Path,
+    tokenizer_class: str,
+    text_encoder_class: str,
+    expand_timesteps: bool = False,
+    pipeline_class: str = "WanPipeline",
+    others: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `folder/model_index.json` as stock `WanPipeline.save_pretrained` would.
+    """Writes `folder/model_index.json` as `save_pretrained` of a stock pipeline would.
 
-    `expand_timesteps` is Wan2.2-TI2V's flag: stock pipelines then give every token its own timestep.
+    `expand_timesteps` is Wan2.2-TI2V's flag: stock pipelines then give every token its own timestep. `others` are
+    entries as they are: of a second transformer, of what encodes images.
     """
     index: dict[str, Any] = {
-        "_class_name": "WanPipeline",
+        "_class_name": pipeline_class,
         "_diffusers_version": diffusers.__version__,
         "boundary_ratio": None,
         "expand_timesteps": expand_timesteps,
         **_STOCK_INDEX,
         "text_encoder": ["transformers", text_encoder_class],
         "tokenizer": ["transformers", tokenizer_class],
+        **(others or {}),
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / "model_index.json").write_text(text, encoding="utf-8")

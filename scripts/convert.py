@@ -25,6 +25,8 @@ from wan_autoregressive.scripts.load_pipeline import check_layers, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COPIED_COMPONENTS = ("tokenizer", "text_encoder", "vae")
+_OF_AN_IMAGE = ("image_encoder", "image_processor")  # of models that see one, not of all
+_IMAGE_PIPELINE = "WanImageToVideoPipeline"
 # Files that people edit by hand (configs, vocabularies) are copied, so that an edit of one folder stays there.
 _LINKED_SUFFIXES = (".safetensors", ".bin")
 
@@ -43,6 +45,7 @@ def convert_checkpoint(
     max_shard_size: str = "5GB",
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
+    second: str | Path | None = None,
 ) -> Path:
     """Writes a complete pipeline folder from transformer weights and the folder of the Wan model they belong to.
 
@@ -60,6 +63,8 @@ def convert_checkpoint(
         max_shard_size: of one safetensors file, and with it of the memory that this takes.
         lora: a LoRA to merge into the weights, see `load_lora`.
         lora_scale: its strength: 1 as it was trained, 0 without it.
+        second: weights of the second transformer, for steps below the boundary, where the base has two; as
+            `checkpoint`, and of the same entry. A LoRA is merged into the first.
 
     Returns:
         `output` as a path.
@@ -70,37 +75,101 @@ def convert_checkpoint(
     """
     base, output = Path(base).expanduser(), Path(output)
     index, config = _read_base(base)
-    for role, source in (("base", base), ("checkpoint", Path(checkpoint)), ("LoRA", Path(lora or base))):
+    _check_pair(index, base, second)
+    sources = {
+        "base": base,
+        "checkpoint": Path(checkpoint),
+        "second": Path(second or base),
+        "LoRA": Path(lora or base),
+    }
+    for role, source in sources.items():
         _refuse_overlap(role, source, output)
     if base.resolve() in output.expanduser().resolve().parents:
         raise ValueError(f"The output {output} lies in the base folder {base}; name a folder apart from the base")
     with new_checkpoint_folder(output, overwrite) as partial:
         # First what is quick to refuse, then the gigabytes.
         write_scheduler(partial, denoising_steps, shift, warp)
+        copied = [name for name in (*_COPIED_COMPONENTS, *_OF_AN_IMAGE) if _class_of(index, name) is not None]
+        kept = ("boundary_ratio", "transformer_2", *_OF_AN_IMAGE)
         write_model_index(
-            partial, index["tokenizer"][1], index["text_encoder"][1], bool(index.get("expand_timesteps", False))
+            partial,
+            index["tokenizer"][1],
+            index["text_encoder"][1],
+            bool(index.get("expand_timesteps", False)),
+            pipeline_class="WanPipeline"
+            if config.get("in_channels") == config.get("out_channels")
+            else _IMAGE_PIPELINE,
+            others={name: index[name] for name in kept if name in index},
         )
-        state_dict = convert_wan_state_dict(load_checkpoint(checkpoint, weights))
-        check_layers("transformer", config, state_dict, base / "transformer" / "config.json")
-        transformer = _skeleton(config, base)
-        check_state_dict(state_dict, transformer)
-        factors = {} if lora is None else _read_lora(lora, lora_scale, state_dict)
-        transformer.save_config(partial / "transformer")
-        # What is memory-mapped stays so: a 14B model is never whole in memory.
-        described = {
-            name: tensor.to("meta", _stored_dtype(name, tensor, dtype)) for name, tensor in state_dict.items()
-        }
-
-        def make(name: str) -> torch.Tensor:
-            weight = state_dict[name]
-            if name in factors:
-                weight = factors[name].merged_into(weight, lora_scale)
-            return weight.to(described[name].dtype)
-
-        write_sharded(partial / "transformer", described, make, max_shard_size)
-        for name in _COPIED_COMPONENTS:
+        states = {}
+        for name, file in (("transformer", checkpoint), ("transformer_2", second)):
+            if file is not None:
+                states[name] = _read_weights(name, file, weights, config, base)
+        factors = {} if lora is None else _read_lora(lora, lora_scale, states["transformer"])
+        for name, state_dict in states.items():
+            merged = factors if name == "transformer" else {}
+            _write_transformer(partial / name, config, state_dict, dtype, merged, lora_scale, max_shard_size)
+        for name in copied:
             shutil.copytree(base / name, partial / name, copy_function=_link_or_copy)
     return output
+
+
+def _read_weights(
+    name: str, checkpoint: str | Path, weights: str, config: dict[str, Any], base: Path
+) -> dict[str, torch.Tensor]:
+    """Weights in diffusers names that were checked against the config; memory-mapped where the format allows."""
+    state_dict = convert_wan_state_dict(load_checkpoint(checkpoint, weights))
+    check_layers(name, config, state_dict, base / "transformer" / "config.json")
+    check_state_dict(state_dict, _skeleton(config, base))
+    return state_dict
+
+
+def _write_transformer(
+    folder: Path,
+    config: dict[str, Any],
+    state_dict: dict[str, torch.Tensor],
+    dtype: torch.dtype | None,
+    factors: dict[str, LoraFactors],
+    lora_scale: float,
+    max_shard_size: str,
+) -> None:
+    """Config and weights. What is memory-mapped stays so: a 14B model is never whole in memory."""
+    _skeleton(config, folder).save_config(folder)
+    described = {name: tensor.to("meta", _stored_dtype(name, tensor, dtype)) for name, tensor in state_dict.items()}
+
+    def make(name: str) -> torch.Tensor:
+        weight = state_dict[name]
+        if name in factors:
+            weight = factors[name].merged_into(weight, lora_scale)
+        return weight.to(described[name].dtype)
+
+    write_sharded(folder, described, make, max_shard_size)
+
+
+def _class_of(index: dict[str, Any], name: str) -> str | None:
+    """Of a component, by the model index; `None` for one that is not there."""
+    entry = index.get(name)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+
+
+def _check_pair(index: dict[str, Any], base: Path, second: str | Path | None) -> None:
+    """Raise `ValueError` unless there are weights for as many transformers as the base has."""
+    is_pair = _class_of(index, "transformer_2") is not None
+    if is_pair and second is None:
+        raise ValueError(
+            f"The base {base} has two transformers (transformer_2, as in Wan2.2-A14B); give the weights of the second "
+            "with --second"
+        )
+    if second is not None and not is_pair:
+        raise ValueError(f"The base {base} has one transformer; leave out --second, or give a Wan2.2-A14B folder")
+    first, other = (_sizes(base / name) for name in ("transformer", "transformer_2" if is_pair else "transformer"))
+    if first != other:
+        raise ValueError(f"The two transformers of the base {base} have other sizes each; a pair is of one size")
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """What a component's config says of the model, and not of who wrote it."""
+    return {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
 
 
 def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -114,13 +183,8 @@ def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"The base {base} is not a Wan model: its transformer is a {config.get('_class_name')}, expected a "
             "WanTransformer3DModel"
         )
-    if (index.get("transformer_2") or [None])[0] is not None:
-        raise ValueError(
-            f"The base {base} has two transformers (transformer_2, as in Wan2.2-A14B); convert makes models with one"
-        )
-    for name in _COPIED_COMPONENTS:
-        entry = index.get(name)
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[1]) or not (base / name).is_dir():
+    for name in (*_COPIED_COMPONENTS, *(part for part in _OF_AN_IMAGE if _class_of(index, part) is not None)):
+        if _class_of(index, name) is None or not (base / name).is_dir():
             raise ValueError(f"The base {base} has no {name}; give a complete Wan model in diffusers layout")
     return index, config
 
@@ -203,6 +267,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME",
         help="entry of the checkpoint, such as generator_ema or generator (default: generator_ema if there is one)",
     )
+    parser.add_argument("--second", metavar="FILE", help="weights of the second transformer, where the base has two")
     parser.add_argument("--lora", metavar="FILE", help="a LoRA to merge into the weights, as peft saves it")
     parser.add_argument(
         "--lora-scale", type=float, default=1.0, metavar="X", help="strength of the LoRA (default: 1, as trained)"
@@ -236,6 +301,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         lora=args.lora,
         lora_scale=args.lora_scale,
+        second=args.second,
     )
     print(f"Wrote {output}.")
     return 0

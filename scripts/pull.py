@@ -75,8 +75,9 @@ def pull_checkpoint(entry: PublishedCheckpoint, folder: Path) -> None:
     from wan_autoregressive.scripts.convert import convert_checkpoint
 
     refuse_occupied(folder, overwrite=False)
-    own_files = list_files(entry.repo, [path for path in (entry.file, entry.lora) if path is not None])
-    base_files = list_files(entry.base, _OF_THE_BASE)
+    own_files = list_files(entry.repo, [path for path in (entry.file, entry.second, entry.lora) if path is not None])
+    of_a_pair = ("transformer_2/config.json",) if entry.second is not None else ()
+    base_files = list_files(entry.base, (*_OF_THE_BASE, *of_a_pair))
     _check_space(own_files, base_files, folder)
     _print_terms(entry, [*own_files, *base_files])
     paths = {(file.repo, file.path): download(file) for file in (*own_files, *base_files)}
@@ -91,6 +92,7 @@ def pull_checkpoint(entry: PublishedCheckpoint, folder: Path) -> None:
         warp=recipe["warp"],
         lora=None if entry.lora is None else paths[entry.repo, entry.lora],
         lora_scale=entry.lora_scale,
+        second=None if entry.second is None else paths[entry.repo, entry.second],
     )
 
 

@@ -69,6 +69,8 @@ def page() -> str:
 
 def _row(entry: PublishedCheckpoint) -> str:
     files = f"`{entry.file}`" + (f" (`{entry.weights}`)" if entry.weights != "auto" else "")
+    if entry.second is not None:
+        files += f" and `{entry.second}`"
     if entry.lora is not None:
         files += f" + LoRA `{entry.lora}`, scale {entry.lora_scale:g}"
     cells = (

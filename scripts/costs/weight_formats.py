@@ -33,7 +33,7 @@ def unpacked_bytes(model: ModelMixin, weights: str) -> int:
     return max((parameter.nbytes for parameter in _reached(model, weights)), default=0)
 
 
-def _reached(model: ModelMixin, weights: str) -> Iterator[nn.Parameter]:
+def _reached(model: ModelMixin, weights: str) -> Iterator[torch.Tensor]:
     """The parameters that a format holds in fewer bits."""
     if weights not in WEIGHT_FORMATS:
         raise ValueError(f"weights is {weights!r}; allowed are {', '.join(WEIGHT_FORMATS)}")

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import accelerate
 import numpy as np
@@ -12,11 +12,16 @@ from accelerate.hooks import CpuOffload
 from aligned_weights import align_weights
 from diffusers import WanPipeline
 from naive_video import CHANNELS, TEXT_DIM, Frame, NaiveTransformer, randn
+from safetensors.torch import save_file
 from saved_rollouts import assert_same, generator, start, state_of
 from wan22_folder import make_a14b_folder
 
 from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler, WanAutoregressivePipeline
+from wan_autoregressive.scripts.benchmark import measure_rollout
+from wan_autoregressive.scripts.cli import main
+from wan_autoregressive.scripts.costs.build import build_pipeline
 from wan_autoregressive.scripts.costs.sizes import ModelSizes
+from wan_autoregressive.scripts.costs.workload import make_workload
 from wan_autoregressive.scripts.load_pipeline import check_model_folder
 
 BOUND = 1e-4  # float32
@@ -330,3 +335,34 @@ def test_states_of_one_transformer_and_of_two_do_not_mix(pair, pipe, tmp_path):
         pipe.resume(tmp_path / "two")
     with pytest.raises(ValueError, match="is of one transformer; this pipeline has a transformer_2 too"):
         pair.resume(tmp_path / "one")
+
+
+def test_converted_from_two_files(folder, tmp_path):
+    """In the original names, as training scripts save them."""
+    weights = {}
+    for name in ("transformer", "transformer_2"):
+        pipe = WanPipeline.from_pretrained(folder)
+        weights[name] = tmp_path / f"{name}.safetensors"
+        save_file({f"model.{key}": value for key, value in getattr(pipe, name).state_dict().items()}, weights[name])
+    words = ["--second", str(weights["transformer_2"]), "--steps", "1000,900,300"]
+    words += ["--base", str(folder), "--output", str(tmp_path / "out"), "--shift", "12"]
+    assert main(["convert", str(weights["transformer"]), *words]) == 0
+    check_model_folder(tmp_path / "out")
+    made, expected = loaded(tmp_path / "out"), loaded(folder)
+    assert made.config.boundary_ratio == 0.875
+    for name in weights:
+        for key, value in getattr(expected, name).state_dict().items():
+            assert torch.equal(getattr(made, name).state_dict()[key], value)
+    assert WanPipeline.from_pretrained(tmp_path / "out").transformer_2 is not None
+    assert np.array_equal(frames_of(made), frames_of(expected))
+
+
+def test_the_benchmark_measures_both(capsys):
+    sizes = replace(ModelSizes.of_preset("demo"), experts=2)
+    workload = make_workload(sizes, layers=1, chunks=3, steps=4, window_frames=6)
+    pipe = build_pipeline(workload)
+    measure = measure_rollout(pipe, workload)
+    both = [p.nbytes for model in (pipe.transformer, pipe.transformer_2, pipe.vae) for p in model.parameters()]
+    assert measure.weights_bytes == sum(both)
+    assert measure.kv_cache_bytes == pipe.estimate(**asdict(workload.rollout)).kv_cache_bytes
+    assert len(measure.chunks) == 3

@@ -356,3 +356,31 @@ def test_a_state_keeps_its_image_and_fits_no_other_model(i2v, pipe, tmp_path):
     assert torch.equal(image.channels, rollout.denoiser.image.channels)
     with pytest.raises(ValueError, match=r"config\.(added_kv_proj_dim was 80|in_channels was 36)"):
         pipe.resume(tmp_path / "seen")
+
+
+@pytest.mark.slow
+def test_a_converted_checkpoint_sees_its_image(folders, name, i2v, tmp_path):
+    """The folder of the Wan model gives what encodes the image; the weights are new."""
+    words = [
+        "--base",
+        str(folders[name]),
+        "--output",
+        str(tmp_path / "out"),
+        "--steps",
+        "1000,950,300",
+        "--shift",
+        "3",
+    ]
+    if name == "i2v-a14b":
+        words += ["--second", str(folders[name] / "transformer_2")]
+    assert cli.main(["convert", str(folders[name] / "transformer"), *words]) == 0
+    check_model_folder(tmp_path / "out")
+    assert WanImageToVideoPipeline.from_pretrained(tmp_path / "out").transformer.config.in_channels == 36
+    made, fixed = loaded(tmp_path / "out"), {**options(), "num_inference_steps": None}
+    fixed["denoising_steps"] = (1000, 950, 300)
+    made.scheduler = i2v.scheduler
+    expected, latents = (
+        torch.cat([chunk.latents for chunk in begin(pipe, **fixed | {"generator": generator()})], 2)
+        for pipe in (i2v, made)
+    )
+    assert torch.equal(latents, expected)

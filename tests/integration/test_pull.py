@@ -20,11 +20,13 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from huggingface_hub import constants
 from small_hub import SmallHub
 from tiny_checkpoint import make_tiny_checkpoint
+from wan22_folder import make_a14b_folder
 
 from wan_autoregressive import checkpoint_folder
 from wan_autoregressive.configs.checkpoints import CACHE_VARIABLE
 from wan_autoregressive.schedulers import SelfForcingScheduler
 from wan_autoregressive.scripts import cli, convert, pull
+from wan_autoregressive.scripts.load_pipeline import check_model_folder
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "weights" / "tiny_self_forcing.pt"
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -142,6 +144,21 @@ def test_a_lora_is_merged(hub: SmallHub, tmp_path: Path) -> None:
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_pair(hub: SmallHub, tmp_path: Path) -> None:
+    pair = make_a14b_folder(tmp_path / "pair")
+    hub.add_folder("Wan-AI/Wan2.2-T2V-A14B-Diffusers", pair)
+    names = [f"{name}/diffusion_pytorch_model.safetensors" for name in ("transformer", "transformer_2")]
+    hub.add("FastVideo/CausalWan2.2-I2V-A14B-Preview-Diffusers", {name: (pair / name).read_bytes() for name in names})
+    assert cli.main(["pull", "causalwan-a14b"]) == 0
+    folder = checkpoint_folder("causalwan-a14b")
+    check_model_folder(folder)
+    for name in ("transformer", "transformer_2"):
+        stored, expected = (
+            WanTransformer3DModel.from_pretrained(f, subfolder=name).state_dict() for f in (folder, pair)
+        )
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in stored.items())
+
+
 def test_a_broken_connection_is_resumed(hub: SmallHub) -> None:
     hub.breaks_at[SELF_FORCING] = [250_500, 100_700]
     assert cli.main(["pull", "self-forcing"]) == 0
@@ -211,7 +228,7 @@ def test_no_space(hub: SmallHub, monkeypatch: pytest.MonkeyPatch, capsys) -> Non
 
 def test_refused_before_anything_is_asked_for(hub: SmallHub, tmp_path: Path, capsys) -> None:
     refused(capsys, 2, "unknown checkpoint 'self-forcin'; did you mean 'self-forcing'?", "self-forcin")
-    refused(capsys, 2, "'memflow' cannot be used yet: it needs a memory bank", "memflow")
+    refused(capsys, 2, "'longlive2-2step' cannot be used yet: it needs weights in NVFP4", "longlive2-2step")
     refused(capsys, 2, "give the name of a checkpoint")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -224,7 +241,7 @@ def test_a_name_that_was_not_pulled_is_one_line(tmp_path: Path, monkeypatch: pyt
     for name, message in (
         ("self-forcing", "get it with `wan-ar pull self-forcing`: about 28.9 GB, licence CC-BY-NC-SA-4.0"),
         ("self-forcin", "does not exist; did you mean the published checkpoint 'self-forcing'?"),
-        ("memflow", "cannot be used yet"),
+        ("longlive2-2step", "cannot be used yet"),
     ):
         assert cli.main(["generate", "--model", name, "--prompt", "a", "--output", str(tmp_path / "x.mp4")]) == 2
         err = capsys.readouterr().err

@@ -7,8 +7,7 @@ import torch
 
 from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler, WanAutoregressivePipeline
 
-CHANNELS, SIZE, TEXT_DIM = 4, 4, 16
-TOKENS = 4  # of a frame
+CHANNELS, TEXT_DIM = 4, 16
 HEAD_DIM, ROTARY_DIMS = 20, (8, 6, 6)
 
 
@@ -50,10 +49,30 @@ class Shots:
     pin: bool = True
     relative: bool = False
     batch: int = 1
+    size: tuple[int, int] = (4, 4)
+    """Of the latents; a token has 2 x 2."""
+    given: int = 0
+    """Frames of the first chunk, which is made around them."""
+    guidance: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Of a frame."""
+        return self.size[0] * self.size[1] // 4
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a row."""
+        return self.size[1] // 2
 
     def arguments(self) -> dict:
         schedule = {index * self.chunk: prompt(index, self.batch) for index in self.cuts}
-        return {
+        given = {"video_latents": self.given_latents(), "given_in_chunk": True} if self.given else {}
+        return given | {
+            "guidance_scale": self.guidance,
+            "negative_prompt_embeds": None if self.guidance == 1 else prompt(-1, self.batch),
+            "height": 8 * self.size[0],
+            "width": 8 * self.size[1],
             "prompt_embeds": prompt(0, self.batch),
             "prompt_schedule": schedule,
             "latents": self.noise(),
@@ -72,20 +91,23 @@ class Shots:
         }
 
     def noise(self) -> torch.Tensor:
-        return randn(self.batch, CHANNELS, self.chunks * self.chunk, SIZE, SIZE, seed=1)
+        return randn(self.batch, CHANNELS, self.chunks * self.chunk, *self.size, seed=1)
+
+    def given_latents(self) -> torch.Tensor:
+        return randn(self.batch, CHANNELS, self.given, *self.size, seed=2)
 
 
 def prompt(index: int, batch: int = 1) -> torch.Tensor:
     return randn(batch, 5, TEXT_DIM, seed=100 + index)
 
 
-def rotated(x: torch.Tensor, time: float) -> torch.Tensor:
-    """`(batch, 4 tokens, heads, head_dim)` of a frame, every pair of channels turned as a complex number."""
+def rotated(x: torch.Tensor, time: float, columns: int) -> torch.Tensor:
+    """`(batch, tokens, heads, head_dim)` of a frame, every pair of channels turned as a complex number."""
     angles = []
-    for token in range(TOKENS):
-        for place, dim in zip((time, token // 2, token % 2), ROTARY_DIMS, strict=True):
+    for token in range(x.shape[1]):
+        for place, dim in zip((time, token // columns, token % columns), ROTARY_DIMS, strict=True):
             angles += [place / 10000 ** (2 * i / dim) for i in range(dim // 2)]
-    turn = torch.tensor(angles, dtype=torch.float64).view(1, TOKENS, 1, HEAD_DIM // 2)
+    turn = torch.tensor(angles, dtype=torch.float64).view(1, x.shape[1], 1, HEAD_DIM // 2)
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(turn), turn)).flatten(-2).to(x.dtype)
 
@@ -101,10 +123,12 @@ class Frame:
 
 @dataclass
 class NaiveAttention:
-    """The self-attention of one block, with its past in a list."""
+    """The self-attention of one block, with its past in a list, and with guidance in another one."""
 
     shots: Shots
-    past: list[Frame] = field(default_factory=list)
+    pasts: list[list[Frame]] = field(default_factory=lambda: [[], []])
+    branch: int = 0
+    """Which of them the forward to come sees."""
     times: list[float] = field(default_factory=list)
     """Of the frames of the forward to come."""
     overwrites: bool = False
@@ -113,21 +137,21 @@ class NaiveAttention:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        past, size, columns = self.pasts[self.branch], self.shots.tokens, self.shots.columns
         own = [
-            Frame(k, v, time)
-            for k, v, time in zip(key.split(TOKENS, 1), value.split(TOKENS, 1), self.times, strict=True)
+            Frame(k, v, time) for k, v, time in zip(key.split(size, 1), value.split(size, 1), self.times, strict=True)
         ]
         if self.overwrites:
-            del self.past[-len(own) :]
-        while len(self.past) + len(own) > self.shots.window:
-            free = [i for i, frame in enumerate(self.past) if i >= self.shots.sink and not frame.pinned]
-            del self.past[free[0]]
-        self.past += own
-        times = list(range(len(self.past))) if self.shots.relative else [frame.time for frame in self.past]
-        keys = torch.cat([rotated(frame.key, time) for frame, time in zip(self.past, times, strict=True)], dim=1)
-        values = torch.cat([frame.value for frame in self.past], dim=1)
-        own_times = times[-len(own) :]
-        query = torch.cat([rotated(q, t) for q, t in zip(query.split(TOKENS, 1), own_times, strict=True)], dim=1)
+            del past[-len(own) :]
+        while len(past) + len(own) > self.shots.window:
+            free = [i for i, frame in enumerate(past) if i >= self.shots.sink and not frame.pinned]
+            del past[free[0]]
+        past += own
+        times = list(range(len(past))) if self.shots.relative else [frame.time for frame in past]
+        keys = torch.cat([rotated(frame.key, time, columns) for frame, time in zip(past, times, strict=True)], dim=1)
+        values = torch.cat([frame.value for frame in past], dim=1)
+        own_times = zip(query.split(size, 1), times[-len(own) :], strict=True)
+        query = torch.cat([rotated(part, time, columns) for part, time in own_times], dim=1)
         weights = (torch.einsum("bqhd,bkhd->bhqk", query, keys) / HEAD_DIM**0.5).softmax(-1)
         return attn.to_out[0](torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(2))
 
@@ -147,25 +171,37 @@ def naive_video(pipe, shots: Shots) -> torch.Tensor:
             text, offset = prompt(index, shots.batch), offset + shots.offset
         first = index * shots.chunk
 
-        def forward(latents, timestep, overwrites, first=first, text=text, offset=offset):
-            for attention in blocks:
-                attention.overwrites = overwrites
-                attention.times = [first + i + offset for i in range(shots.chunk)]
-            return model(latents, torch.full((shots.batch,), timestep), text, return_dict=False)[0]
+        given = shots.given if index == 0 else 0
 
-        latents = latents + (sigmas[1] - sigmas[0]) * forward(latents, 999.0, overwrites=False)
-        latents = latents - sigmas[1] * forward(latents, 833.0, overwrites=True)
+        def forward(latents, timestep, overwrites, first=first, text=text, offset=offset, given=given):
+            times = torch.full((shots.batch, shots.chunk), timestep)
+            times[:, :given] = 0
+            flows = []
+            embeds_of = [text] if shots.guidance == 1 else [text, prompt(-1, shots.batch)]
+            for branch, embeds in enumerate(embeds_of):
+                for attention in blocks:
+                    attention.branch, attention.overwrites = branch, overwrites
+                    attention.times = [first + i + offset for i in range(shots.chunk)]
+                flows.append(model(latents, times, embeds, return_dict=False)[0])
+            return flows[-1] + shots.guidance * (flows[0] - flows[-1])
+
+        def around_given(latents, given=given):
+            return torch.cat([shots.given_latents()[:, :, :given], latents[:, :, given:]], dim=2)
+
+        latents = around_given(latents)
+        latents = around_given(latents + (sigmas[1] - sigmas[0]) * forward(latents, 999.0, overwrites=False))
+        latents = around_given(latents - sigmas[1] * forward(latents, 833.0, overwrites=True))
+        pasts = [past for attention in blocks for past in attention.pasts]
         if index in shots.cuts and shots.recache:
-            for attention in blocks:
-                own = attention.past[-shots.chunk :]
-                kept = attention.past[: shots.sink]
-                attention.past = kept + [frame for frame in own if all(frame is not other for other in kept)]
+            for past in pasts:
+                kept, own = past[: shots.sink], past[-shots.chunk :]
+                past[:] = kept + [frame for frame in own if all(frame is not other for other in kept)]
         forward(latents, 0.0, overwrites=True)
         if index in shots.cuts and shots.pin:
-            for attention in blocks:
-                for frame in attention.past:
+            for past in pasts:
+                for frame in past:
                     frame.pinned = False
-                for frame in attention.past[-shots.chunk :][: shots.sink]:
+                for frame in past[-shots.chunk :][: shots.sink]:
                     frame.pinned = True
         video.append(latents)
     return torch.cat(video, dim=2)
@@ -186,6 +222,13 @@ VIDEOS = {
     "relative positions": Shots(chunk=3, sink=2, window=10, cuts=(2, 6), relative=True),
     "relative positions, clean re-cache": Shots(chunk=2, sink=3, window=8, cuts=(3, 7), relative=True, recache=True),
     "two videos": Shots(chunk=2, sink=1, window=6, cuts=(2,), batch=2),
+    "a given frame": Shots(chunk=3, sink=2, window=8, cuts=(2, 4), chunks=6, given=1, size=(4, 6)),
+    "a given frame, guidance": Shots(chunk=3, sink=2, window=10, cuts=(2,), chunks=6, given=1, guidance=3.0),
+    "guidance, clean re-cache": Shots(chunk=2, sink=1, window=7, cuts=(1, 4), recache=True, guidance=2.0, batch=2),
+    "all of it": Shots(
+        **{"chunk": 3, "sink": 2, "window": 8, "cuts": (1, 3), "chunks": 6, "recache": True},
+        **{"batch": 2, "size": (6, 4), "given": 2, "guidance": 3.0},
+    ),
 }
 
 
@@ -208,14 +251,15 @@ def rollout_of(pipe, shots: Shots, **options):
 
 
 def test_a_full_window_is_the_sink_the_start_of_the_shot_and_the_newest_frames(pipe):
-    rollout = rollout_of(pipe, Shots(chunk=2, sink=2, window=8, cuts=(3,)))
-    keys = []
+    shots = Shots(chunk=2, sink=2, window=8, cuts=(3,))
+    rollout, keys = rollout_of(pipe, shots), []
     for _ in range(8):
         rollout.step()
         keys.append(rollout.cache.block_caches[0].cached_key.clone())
     # The first forward of chunk 4 comes after chunk 3's clean keys.
-    shot = keys[4][:, -4 * TOKENS : -2 * TOKENS]
-    assert torch.equal(keys[7][:, 2 * TOKENS : 4 * TOKENS], shot)
+    size = shots.tokens
+    shot = keys[4][:, -4 * size : -2 * size]
+    assert torch.equal(keys[7][:, 2 * size : 4 * size], shot)
 
 
 def test_nothing_moves_in_memory(pipe):
