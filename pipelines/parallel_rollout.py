@@ -22,7 +22,7 @@ import json
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ from wan_autoregressive._version import __version__
 from wan_autoregressive.cache.cache_heads import ChangeHeads, change_heads
 from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.models.codec import VideoCodec
 from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
 from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.frame_grid import Chunk
@@ -40,6 +41,7 @@ from wan_autoregressive.pipelines.model_identity import model_identity
 from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.ranks import Ranks
+from wan_autoregressive.pipelines.remote_codec import DecoderServer, RemoteCodec, check_same_codec
 from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
 from wan_autoregressive.pipelines.rollout_state import read_rollout_state
 from wan_autoregressive.pipelines.shared_source import SharedSource
@@ -49,7 +51,10 @@ from wan_autoregressive.pipelines.state_values import pack, unpack
 
 @contextmanager
 def parallel_rollouts(
-    pipe: WanAutoregressivePipeline, group: dist.ProcessGroup | None = None, timeout_s: float = 60.0
+    pipe: WanAutoregressivePipeline,
+    group: dist.ProcessGroup | None = None,
+    decode_on_last: bool = False,
+    timeout_s: float = 60.0,
 ) -> Iterator[bool]:
     """Make the videos of a pipeline on all ranks of a group, every one of which enters this with the same models.
 
@@ -58,31 +63,71 @@ def parallel_rollouts(
 
     Args:
         group (`ProcessGroup`, *optional*): All ranks by default.
+        decode_on_last (`bool`): The last rank only decodes what rank 0 asks for, and takes no part in forwards. With
+            `decode_alongside` it decodes a chunk while the others denoise the next one.
         timeout_s (`float`): Seconds after which a rank that is waited for counts as gone. The wait within a forward
             ends with the timeout that `group` was made with.
 
     Raises:
-        ValueError: fewer heads than ranks.
+        ValueError: fewer heads than ranks, or no second rank to decode.
         RankFailedError: another rank failed or is gone; the message names it.
     """
-    group = group or dist.group.WORLD
-    components = pipe.wan_components()
-    for transformer in components.transformers:
-        transformer.set_sequence_parallel(group)
-    ranks = Ranks(group, timeout_s)
-    rollouts = ParallelRollouts(ranks)
-    try:
-        if ranks.leads:
-            pipe.rollouts = rollouts
-            with ranks:
-                yield True
-        else:
+    members = dist.get_process_group_ranks(group)
+    place, last = members.index(dist.get_rank()), len(members) - 1
+    components, decoding = pipe.wan_components(), None
+    if decode_on_last and place in (0, last):
+        if last == 0 or components.codec is None:
+            raise ValueError("decode_on_last needs a rank beside the first one, and a VAE")
+        decoding = _Decoding(components.codec, [members[0], members[last]], timeout_s)
+    if decode_on_last and place == last:
+        yield False
+        assert decoding is not None
+        decoding.serve(components.codec_device)
+        return
+    if decode_on_last:
+        group = dist.new_group(members[:-1], use_local_synchronization=True)
+    with _sharing_forwards(components, group or dist.group.WORLD):
+        ranks = Ranks(group, timeout_s)
+        rollouts = ParallelRollouts(ranks, None if decoding is None else decoding.codec)
+        if not ranks.leads:
             yield False
             rollouts.follow(components)
+            return
+        with ranks, nullcontext() if decoding is None else decoding.ranks, _makes(pipe, rollouts):
+            yield True
+
+
+class _Decoding:
+    """The first and the last rank, of which the last decodes."""
+
+    def __init__(self, codec: VideoCodec, pair: list[int], timeout_s: float) -> None:
+        self._local, self._group = codec, dist.new_group(pair, use_local_synchronization=True)
+        self.ranks = Ranks(self._group, timeout_s)
+        check_same_codec(codec, self.ranks)
+        self.codec = RemoteCodec(codec, self.ranks, self._group)
+
+    def serve(self, device: torch.device) -> None:
+        DecoderServer(self._local, device, self.ranks, self._group).serve()
+
+
+@contextmanager
+def _sharing_forwards(components: WanComponents, group: dist.ProcessGroup) -> Iterator[None]:
+    for transformer in components.transformers:
+        transformer.set_sequence_parallel(group)
+    try:
+        yield
     finally:
-        pipe.rollouts = WanRollout
         for transformer in components.transformers:
             transformer.set_sequence_parallel(None)
+
+
+@contextmanager
+def _makes(pipe: WanAutoregressivePipeline, rollouts: "ParallelRollouts") -> Iterator[None]:
+    before, pipe.rollouts = pipe.rollouts, rollouts
+    try:
+        yield
+    finally:
+        pipe.rollouts = before
 
 
 class ParallelRollout(WanRollout):
@@ -169,10 +214,15 @@ class ParallelRollout(WanRollout):
 
 
 class ParallelRollouts:
-    """The rollouts of a group of ranks: makes them on rank 0, in the place of [`WanRollout`], and on the others."""
+    """The rollouts of a group of ranks: makes them on rank 0, in the place of [`WanRollout`], and on the others.
 
-    def __init__(self, ranks: Ranks) -> None:
+    Args:
+        codec (`RemoteCodec`, *optional*): On rank 0, if another rank decodes.
+    """
+
+    def __init__(self, ranks: Ranks, codec: RemoteCodec | None = None) -> None:
         self.ranks = ranks
+        self._codec = codec
         self._numbers = itertools.count()
         self._known: dict[int, ParallelRollout] = {}
         """On the other ranks, as long as they live on rank 0."""
@@ -193,6 +243,7 @@ class ParallelRollouts:
                 "a video on several ranks needs a generator with a seed: without one every rank draws other noise"
             )
         _check_no_callback(parts.get("on_step_end"))
+        components = self._decoded_elsewhere(components)
         if parts.get("source") is not None:
             parts["source"] = SharedSource(self.ranks, components.device, parts["source"])
         rollout = ParallelRollout(components, config, **parts)
@@ -210,10 +261,14 @@ class ParallelRollouts:
     ) -> ParallelRollout:
         """As [`WanRollout.load`]; no other rank reads the folder."""
         _check_no_callback(on_step_end)
+        components = self._decoded_elsewhere(components)
         config, state = read_rollout_state(folder, components)
         with self._turn(config, state):
             rollout = self._of_state(components, config, state, generator_device)
         return rollout
+
+    def _decoded_elsewhere(self, components: WanComponents) -> WanComponents:
+        return components if self._codec is None else dataclasses.replace(components, codec=self._codec)
 
     def _turn(
         self, config: RolloutConfig, state: dict[str, Any], has_source: bool = False

@@ -111,10 +111,10 @@ class Ranks:
         dist.broadcast(flag, group=self._talk, group_src=0)
         return bool(flag)
 
-    def share(self, value: Any) -> Any:
-        """What rank 0 calls this with, on all of them."""
+    def share(self, value: Any, source: int = 0) -> Any:
+        """What one rank, the first by default, calls this with, on all of them."""
         told = [value]
-        dist.broadcast_object_list(told, group=self._talk, group_src=0)
+        dist.broadcast_object_list(told, group=self._talk, group_src=source)
         return told[0]
 
     def check_same(self, digests: dict[str, str]) -> None:

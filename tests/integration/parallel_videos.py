@@ -1,12 +1,10 @@
 """Whole videos over several ranks: what is run on each of them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
 from wan_autoregressive.pipelines.parallel_rollout import parallel_rollouts
@@ -85,3 +83,70 @@ def video_launch(names: list[str], folder: Path) -> dict[str, Any]:
         if leads:
             return videos(names, pipe)
     return {}
+
+
+def verbs_launch(folder: Path) -> dict[str, Any]:
+    """Every verb of a rollout on rank 0; see the tests for what they are compared with."""
+    pipe = demo()
+    with parallel_rollouts(pipe, timeout_s=20) as leads:
+        return _verbs(pipe, folder) if leads else {}
+
+
+def _verbs(pipe: WanAutoregressivePipeline, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"refused": [_refusal(pipe, generator=None), _refusal(pipe, on_step_end=print)]}
+
+    # Decoded alongside; stopped in the middle of a chunk; a state on the way, resumed and forked
+    found["alongside"] = made(start(pipe, **SAVED), decode_alongside=True)
+    stopped = start(pipe, **SAVED)
+    stopped.on_progress = lambda: stopped.interrupt() if stopped.steps_done == 5 else None
+    found["stopped"] = made(stopped)
+    rollout = start(pipe, **SAVED)
+    first = [rollout.step() for _ in range(3)]
+    rollout.save(folder / "ranks")
+    twin = rollout.fork()
+    found["forked"] = made(_with_prompt(twin))
+    found["saved"] = torch.cat([chunk.latents for chunk in first], dim=2)
+    found["went on"] = made(_with_prompt(rollout))
+    found["resumed"] = made(_with_prompt(pipe.resume(folder / "ranks")))
+    found["resumed from one"] = made(_with_prompt(pipe.resume(folder / "one")))
+
+    # Started again, with other settings
+    rollout.reset()
+    rollout.change(switch_policy="cross_attention")
+    found["started again"] = made(rollout)
+    return found
+
+
+SAVED = {**WINDOW, "position_mode": "sink_relative", "kv_dtype": "int8", "guidance_scale": 2.0}
+
+
+def _with_prompt(rollout: Any) -> Any:
+    rollout.set_prompt(OTHER)
+    return rollout
+
+
+def _refusal(pipe: WanAutoregressivePipeline, **options: Any) -> str:
+    try:
+        start(pipe, **WINDOW, **options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def decode_launch(folder: Path) -> dict[str, Any]:
+    """The last rank decodes."""
+    pipe = demo()
+    with parallel_rollouts(pipe, decode_on_last=True, timeout_s=20) as leads:
+        if not leads:
+            return {}
+        found = {"alongside": made(start(pipe, **SAVED), decode_alongside=True)}
+        rollout = start(pipe, **SAVED)
+        for _ in range(3):
+            rollout.step()
+        rollout.save(folder)
+        found["forked"] = made(rollout.fork())
+        found["went on"] = made(rollout)
+        found["resumed"] = made(pipe.resume(folder))
+        rollout.reset()
+        found["recompute"] = made(start(pipe, **VIDEOS["recompute"]))
+        return found
