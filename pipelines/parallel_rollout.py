@@ -1,133 +1,36 @@
-"""One video on several ranks: rank 0 makes it as if it were alone, and the others do their part of what it does.
+"""A rollout on several ranks: what rank 0 calls of it, the others do as well.
 
-```python
-# torchrun --nproc-per-node 4 script.py
-dist.init_process_group()
-pipe = WanAutoregressivePipeline.from_pretrained(folder, dtype=torch.bfloat16).to(f"cuda:{local_rank}")
-with parallel_rollouts(pipe) as leads:
-    if leads:  # everything that makes videos: pipe(), pipe.stream(), pipe.rollout(), pipe.resume()
-        for chunk in pipe.stream("a fox runs", generator=torch.Generator().manual_seed(7), window_frames=12):
-            show(chunk.frames)
-```
-
-A rollout begins with its state on rank 0, which the others get, and a comparison of what all of them then have. For
-each chunk rank 0 sends one order, with the prompt if that changes, and for each denoising step one int, whether to
-stop. What is saved is one state, as a single process writes it, and goes on on any number of ranks.
+It begins with its state on rank 0, which the others get, and a comparison of what all of them then have. For each
+chunk rank 0 sends one order, with the prompt if that changes, and for each denoising step one int, whether to stop.
+What is saved is one state, as a single process writes it, and goes on on any number of ranks.
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 
-from wan_autoregressive._version import __version__
 from wan_autoregressive.cache.cache_heads import ChangeHeads, change_heads
 from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
-from wan_autoregressive.models.codec import VideoCodec
+from wan_autoregressive.models.sequence_parallel import SequenceParallel
 from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
 from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.frame_grid import Chunk
-from wan_autoregressive.pipelines.model_identity import model_identity
-from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.ranks import Ranks
-from wan_autoregressive.pipelines.remote_codec import DecoderServer, RemoteCodec, check_same_codec
+from wan_autoregressive.pipelines.remote_codec import RemoteCodec
 from wan_autoregressive.pipelines.rollout import StepCallback, WanRollout
+from wan_autoregressive.pipelines.rollout_digests import rollout_digests
 from wan_autoregressive.pipelines.rollout_state import read_rollout_state
 from wan_autoregressive.pipelines.shared_source import SharedSource
 from wan_autoregressive.pipelines.source_video import SourceEndedError
 from wan_autoregressive.pipelines.state_values import pack, unpack
-
-
-@contextmanager
-def parallel_rollouts(
-    pipe: WanAutoregressivePipeline,
-    group: dist.ProcessGroup | None = None,
-    decode_on_last: bool = False,
-    timeout_s: float = 60.0,
-) -> Iterator[bool]:
-    """Make the videos of a pipeline on all ranks of a group, every one of which enters this with the same models.
-
-    Yields whether this is rank 0, which makes the videos within the block. The others do their part at the end of
-    theirs, until rank 0 leaves its own.
-
-    Args:
-        group (`ProcessGroup`, *optional*): All ranks by default.
-        decode_on_last (`bool`): The last rank only decodes what rank 0 asks for, and takes no part in forwards. With
-            `decode_alongside` it decodes a chunk while the others denoise the next one.
-        timeout_s (`float`): Seconds after which a rank that is waited for counts as gone. The wait within a forward
-            ends with the timeout that `group` was made with.
-
-    Raises:
-        ValueError: fewer heads than ranks, or no second rank to decode.
-        RankFailedError: another rank failed or is gone; the message names it.
-    """
-    members = dist.get_process_group_ranks(group)
-    place, last = members.index(dist.get_rank()), len(members) - 1
-    components, decoding = pipe.wan_components(), None
-    if decode_on_last and place in (0, last):
-        if last == 0 or components.codec is None:
-            raise ValueError("decode_on_last needs a rank beside the first one, and a VAE")
-        decoding = _Decoding(components.codec, [members[0], members[last]], timeout_s)
-    if decode_on_last and place == last:
-        yield False
-        assert decoding is not None
-        decoding.serve(components.codec_device)
-        return
-    if decode_on_last:
-        group = dist.new_group(members[:-1], use_local_synchronization=True)
-    with _sharing_forwards(components, group or dist.group.WORLD):
-        ranks = Ranks(group, timeout_s)
-        rollouts = ParallelRollouts(ranks, None if decoding is None else decoding.codec)
-        if not ranks.leads:
-            yield False
-            rollouts.follow(components)
-            return
-        with ranks, nullcontext() if decoding is None else decoding.ranks, _makes(pipe, rollouts):
-            yield True
-
-
-class _Decoding:
-    """The first and the last rank, of which the last decodes."""
-
-    def __init__(self, codec: VideoCodec, pair: list[int], timeout_s: float) -> None:
-        self._local, self._group = codec, dist.new_group(pair, use_local_synchronization=True)
-        self.ranks = Ranks(self._group, timeout_s)
-        check_same_codec(codec, self.ranks)
-        self.codec = RemoteCodec(codec, self.ranks, self._group)
-
-    def serve(self, device: torch.device) -> None:
-        DecoderServer(self._local, device, self.ranks, self._group).serve()
-
-
-@contextmanager
-def _sharing_forwards(components: WanComponents, group: dist.ProcessGroup) -> Iterator[None]:
-    for transformer in components.transformers:
-        transformer.set_sequence_parallel(group)
-    try:
-        yield
-    finally:
-        for transformer in components.transformers:
-            transformer.set_sequence_parallel(None)
-
-
-@contextmanager
-def _makes(pipe: WanAutoregressivePipeline, rollouts: "ParallelRollouts") -> Iterator[None]:
-    before, pipe.rollouts = pipe.rollouts, rollouts
-    try:
-        yield
-    finally:
-        pipe.rollouts = before
 
 
 class ParallelRollout(WanRollout):
@@ -189,9 +92,7 @@ class ParallelRollout(WanRollout):
         """The whole state on rank 0; what the others get is theirs and means nothing without rank 0's."""
         with self._turn("state_dict"):
             state = super().state_dict()
-            parallel = self.components.transformer.parallel
-            assert parallel is not None
-            _change_heads(state, parallel.join_heads)
+            _change_heads(state, _parallel(self.components).join_heads)
         return state
 
     # What each rank does for itself, once it has succeeded on rank 0.
@@ -214,15 +115,13 @@ class ParallelRollout(WanRollout):
 
 
 class ParallelRollouts:
-    """The rollouts of a group of ranks: makes them on rank 0, in the place of [`WanRollout`], and on the others.
+    """The rollouts of a group of ranks: makes them on rank 0, in the place of [`WanRollout`], and on the others."""
 
-    Args:
-        codec (`RemoteCodec`, *optional*): On rank 0, if another rank decodes.
-    """
+    codec: RemoteCodec | None = None
+    """On rank 0, if another rank decodes."""
 
-    def __init__(self, ranks: Ranks, codec: RemoteCodec | None = None) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._codec = codec
         self._numbers = itertools.count()
         self._known: dict[int, ParallelRollout] = {}
         """On the other ranks, as long as they live on rank 0."""
@@ -268,7 +167,7 @@ class ParallelRollouts:
         return rollout
 
     def _decoded_elsewhere(self, components: WanComponents) -> WanComponents:
-        return components if self._codec is None else dataclasses.replace(components, codec=self._codec)
+        return components if self.codec is None else dataclasses.replace(components, codec=self.codec)
 
     def _turn(
         self, config: RolloutConfig, state: dict[str, Any], has_source: bool = False
@@ -320,8 +219,7 @@ class ParallelRollouts:
         **parts: Any,
     ) -> ParallelRollout:
         """A rollout that goes on from a state, whose keys and values are whole on rank 0."""
-        parallel = components.transformer.parallel
-        assert parallel is not None
+        parallel = _parallel(components)
         _change_heads(state, lambda x, dim: parallel.split_heads(x, dim, components.device))
         rollout = ParallelRollout.from_state(components, config, state, generator_device, **parts)
         self._add_checked(rollout)
@@ -329,7 +227,7 @@ class ParallelRollouts:
 
     def _add_checked(self, rollout: ParallelRollout) -> None:
         self.add(rollout)
-        self.ranks.check_same(_digests(rollout))
+        self.ranks.check_same(rollout_digests(rollout.components, WanRollout.state_dict(rollout)))
 
     def add(self, rollout: ParallelRollout) -> None:
         """Give a rollout the number by which orders name it: all ranks count the same ones."""
@@ -354,6 +252,12 @@ class _Start:
     has_source: bool
 
 
+def _parallel(components: WanComponents) -> SequenceParallel:
+    parallel = components.transformer.parallel
+    assert parallel is not None
+    return parallel
+
+
 def _caches(state: dict[str, Any]) -> list[list[dict[str, Any]]]:
     return [expert["caches"] for expert in state["denoiser"]["experts"]]
 
@@ -376,30 +280,3 @@ def _check_no_callback(on_step_end: StepCallback | None) -> None:
             "on_step_end (callback_on_step_end) runs on rank 0 only, and the other ranks would not get the latents "
             "that it returns; leave it out for a video on several ranks"
         )
-
-
-def _digests(rollout: ParallelRollout) -> dict[str, str]:
-    """What must be the same on all ranks, each under a name to tell the user. An output differs in no other way than
-    that only rank 0 has pixels."""
-    state = WanRollout.state_dict(rollout)
-    denoiser, config, noise = state["denoiser"], state["config"] | {"output_type": None}, state["noise"]
-    generator = noise["generator"] and noise["generator"] | {"devices": None}
-    kept = ("counters", "given_latents", "sampler", "history")
-    told = {
-        "version of this library or of torch": [__version__, torch.__version__],
-        "transformer": model_identity(rollout.components, with_vae=False),
-        "config": [config, state["scheduler"], [expert["attention_kwargs"] for expert in denoiser["experts"]]],
-        "prompt": [denoiser["prompt"], denoiser["negative_prompt_embeds"], state["switching"]],
-        "noise": {**noise, "generator": generator},
-        "past": [state[name] for name in kept],
-    }
-    return {name: _digest(value) for name, value in told.items()}
-
-
-def _digest(value: Any) -> str:
-    tensors: dict[str, torch.Tensor] = {}
-    digest = hashlib.sha256(json.dumps(pack(value, tensors), sort_keys=True).encode())
-    for tensor in tensors.values():
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

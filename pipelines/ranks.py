@@ -36,16 +36,14 @@ class Ranks:
     `together`. While rank 0 has none to give it is heard from all the same.
 
     Args:
-        group (`ProcessGroup`, *optional*): All ranks by default. Every member makes this at the same time.
-        timeout_s (`float`): Seconds after which a rank that is waited for counts as gone.
+        talk (`ProcessGroup`): Of theirs, with the backend gloo and for nothing else. Every member makes this at the
+            same time.
+        timeout_s (`float`): The timeout of `talk`, after which a rank that is waited for counts as gone.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float = 60.0) -> None:
-        members = dist.get_process_group_ranks(group)
-        self._talk = dist.new_group(
-            members, timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
-        )
-        self.rank, self.count = members.index(dist.get_rank()), len(members)
+    def __init__(self, talk: dist.ProcessGroup, timeout_s: float) -> None:
+        self._talk = talk
+        self.rank, self.count = dist.get_rank(talk), dist.get_world_size(talk)
         self._store = dist.PrefixStore(self._talk.group_name, _get_default_store())
         self._store.set(f"who/{self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._timeout_s = timeout_s
@@ -198,6 +196,18 @@ class Ranks:
                     return
                 finally:
                     self._turn.release()
+
+
+class RankGroup:
+    """Some ranks with a group for tensors. All ranks of `torch.distributed` make it at the same time."""
+
+    def __init__(self, members: list[int], timeout_s: float) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        self.group = dist.new_group(members, timeout)
+        talk = dist.new_group(members, timeout, backend="gloo")
+        self.is_member = dist.get_rank() in members
+        if self.is_member:
+            self.ranks = Ranks(talk, timeout_s)
 
 
 def _is_of_a_connection(error: BaseException) -> bool:

@@ -14,19 +14,18 @@ import torch.distributed as dist
 
 from wan_autoregressive.models.codec import ChunkDecoder, ChunkEncoder, VideoCodec
 from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
-from wan_autoregressive.pipelines.ranks import Ranks
+from wan_autoregressive.pipelines.ranks import RankGroup, Ranks
 
 
 class RemoteCodec:
     """On the rank that asks: everything but decoding chunk by chunk is done by `codec` here.
 
     Args:
-        ranks: Two of them, of which the second decodes, see [`DecoderServer`].
-        group: The same two, for tensors.
+        pair: Two ranks, of which the second is a [`DecoderServer`].
     """
 
-    def __init__(self, codec: VideoCodec, ranks: Ranks, group: dist.ProcessGroup) -> None:
-        self._codec, self.ranks, self.group = codec, ranks, group
+    def __init__(self, codec: VideoCodec, pair: RankGroup) -> None:
+        self._codec, self.ranks, self.group = codec, pair.ranks, pair.group
         self.latent_channels = codec.latent_channels
         self.scale_factor_spatial = codec.scale_factor_spatial
         self.scale_factor_temporal = codec.scale_factor_temporal
@@ -110,8 +109,8 @@ class DecoderServer:
         device: Where `codec` runs.
     """
 
-    def __init__(self, codec: VideoCodec, device: torch.device, ranks: Ranks, group: dist.ProcessGroup) -> None:
-        self._codec, self._device, self._ranks, self._group = codec, device, ranks, group
+    def __init__(self, codec: VideoCodec, device: torch.device, pair: RankGroup) -> None:
+        self._codec, self._device, self._ranks, self._group = codec, device, pair.ranks, pair.group
         self._decoders: dict[int, ChunkDecoder] = {}
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
-from wan_autoregressive.pipelines.parallel_rollout import parallel_rollouts
+from wan_autoregressive.pipelines.parallel_pipeline import parallel_rollouts
 
 PROMPT, OTHER = "a red circle moving right on a navy background", "a green square moving up on a black background"
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2}
