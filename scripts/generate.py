@@ -16,6 +16,7 @@ import yaml
 
 from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.configs.prompt_times import LATENT_PIXEL_FRAMES
+from wan_autoregressive.scripts import several_ranks
 from wan_autoregressive.scripts.earlier_runs import finished_seed
 from wan_autoregressive.scripts.errors import VideoIsWholeError, describe_error, print_error, print_note
 from wan_autoregressive.scripts.generate_flags import GenerateArguments, parse_flags
@@ -50,6 +51,9 @@ def main(words: Sequence[str]) -> int:
     config = arguments.config
     if arguments.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    if several_ranks.own_rank():  # not the first one, which does all that follows
+        several_ranks.follow(arguments)
         return 0
     checkpointing = _checkpointing(arguments)
     prompts = read_prompts(config)
@@ -86,7 +90,7 @@ def _worker(
     arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
 ) -> Iterator[RenderWorker]:
     """Load the model; within the block a signal waits for the end of a chunk if that is then saved."""
-    config = arguments.config
+    config = several_ranks.on_own_device(arguments.config)
     start = time.perf_counter()
     pipe = load_pipeline(config)
     worker = RenderWorker(
@@ -97,10 +101,11 @@ def _worker(
         load_s=time.perf_counter() - start,
         chunks=estimate_of(pipe, config, given).chunks,
         checkpointing=checkpointing,
-        decode_alongside=arguments.decode_alongside,
+        decode_alongside=arguments.decode_alongside or arguments.decode_rank,
         tell=print_note,
     )
-    with worker.stop.soften() if checkpointing is not None else nullcontext():
+    soften = worker.stop.soften() if checkpointing is not None else nullcontext()
+    with several_ranks.on_all_ranks(pipe, arguments), soften:
         yield worker
 
 

@@ -138,6 +138,8 @@ def load_pipeline(config: GenerateConfig) -> Any:
         if config.tiny_vae is not None:
             pipe.vae = _load_tiny_vae(config.tiny_vae, config.tiny_vae_latents, dtype)
         pipe.to(device)
+        if config.vae_device is not None:
+            pipe.vae.to(_pick_device(config.vae_device))
     pipe.set_progress_bar_config(disable=True)
     overrides = {name: getattr(config, name) for name in ("shift", "warp") if getattr(config, name) is not None}
     if config.rollout.denoising_steps is not None:

@@ -10,6 +10,8 @@ from wan_autoregressive import CausalWanTransformer3DModel, WanKVCache
 from wan_autoregressive.cache import MovingAverageSink
 from wan_autoregressive.models import sequence_parallel
 from wan_autoregressive.models.sequence_parallel import SequenceParallel
+from wan_autoregressive.models.split_weights import held_bytes, split_weights
+from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
 
 LAYERS, CHANNELS, HEAD_DIM = 2, 4, 12
 TIMESTEPS = (1000.0, 500.0, 0.0)
@@ -239,3 +241,32 @@ def model_launch(names: list[str]) -> dict[str, Any]:
         "mistakes": run_mistakes(),
         "errors": errors(),
     }
+
+
+def split_weights_launch() -> dict[str, Any]:
+    """FSDP2 alone and with the exchange on the same ranks."""
+    case, found, whole = CASES["sink_relative"], {}, small_model(layers=4)
+    found["whole"] = weights_fingerprint(whole), held_bytes(whole)
+    for name, group in (("alone", None), ("with the exchange", dist.group.WORLD)):
+        model = small_model(layers=4)
+        model.set_sequence_parallel(group)
+        split_weights(model, dist.group.WORLD)
+        fingerprint = weights_fingerprint(model)
+        output, cache = flows(model, case)
+        if dist.get_rank() == 0:  # alone, as where a video is saved: known already, or it would wait for the others
+            fingerprint = weights_fingerprint(model)
+        found[name] = {"flows": output, "cache_bytes": cache.allocated_bytes, "held": held_bytes(model)}
+        found[name]["fingerprint"] = fingerprint
+    return found
+
+
+def compiled_launch(options: dict[str, Any]) -> dict[str, Any]:
+    """Compiled blocks with the exchange in them: the graphs of each, and what the video becomes."""
+    from test_compile import count_graphs_by_block, rollout_latents, tiny_model
+
+    frames = {"num_frames": 4 * (3 * 8 - 1) + 1, **options}
+    model = tiny_model()
+    model.set_sequence_parallel(dist.group.WORLD)
+    eager = rollout_latents(model, **frames)
+    graphs = count_graphs_by_block(model)  # with fullgraph: a break is an error
+    return {"eager": eager, "compiled": rollout_latents(model, **frames), "graphs": graphs}

@@ -1,13 +1,21 @@
 """Whole videos over several ranks: what is run on each of them."""
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parallel_models
 import torch
+import torch.distributed as dist
 
 from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
 from wan_autoregressive.pipelines.parallel_pipeline import parallel_rollouts
+from wan_autoregressive.pipelines.parallel_rollout import ParallelRollout
+from wan_autoregressive.pipelines.ranks import RankFailedError
+from wan_autoregressive.pipelines.state_folder import read_content
 
 PROMPT, OTHER = "a red circle moving right on a navy background", "a green square moving up on a black background"
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2}
@@ -76,13 +84,30 @@ def videos(names: list[str], pipe: WanAutoregressivePipeline | None = None) -> d
     return {name: made(start(pipe, **VIDEOS[name])) for name in names}
 
 
-def video_launch(names: list[str], folder: Path) -> dict[str, Any]:
-    """What rank 0 found; of the others, the latents that they ended with."""
+def video_launch(names: list[str]) -> dict[str, Any]:
+    """On rank 0."""
+    pipe = demo()
+    with parallel_rollouts(pipe, timeout_s=20) as leads:
+        return videos(names, pipe) if leads else {}
+
+
+def short_launch(names: list[str], folder: Path) -> dict[str, Any]:
+    """Some forwards, and a video that is saved."""
+    found: dict[str, Any] = {"models": parallel_models.model_launch(names)}
     pipe = demo()
     with parallel_rollouts(pipe, timeout_s=20) as leads:
         if leads:
-            return videos(names, pipe)
-    return {}
+            found["saved"] = _saved(start(pipe, **SAVED), folder)
+    return found
+
+
+def _saved(rollout: Any, folder: Path) -> dict[str, Any]:
+    """Three chunks of a video that is saved then, and how it and a copy go on under another prompt."""
+    first = [rollout.step() for _ in range(3)]
+    rollout.save(folder / "ranks")
+    forked = made(_with_prompt(rollout.fork()))
+    saved = torch.cat([chunk.latents for chunk in first], dim=2)
+    return {"saved": saved, "forked": forked, "went on": made(_with_prompt(rollout))}
 
 
 def verbs_launch(folder: Path) -> dict[str, Any]:
@@ -101,12 +126,7 @@ def _verbs(pipe: WanAutoregressivePipeline, folder: Path) -> dict[str, Any]:
     stopped.on_progress = lambda: stopped.interrupt() if stopped.steps_done == 5 else None
     found["stopped"] = made(stopped)
     rollout = start(pipe, **SAVED)
-    first = [rollout.step() for _ in range(3)]
-    rollout.save(folder / "ranks")
-    twin = rollout.fork()
-    found["forked"] = made(_with_prompt(twin))
-    found["saved"] = torch.cat([chunk.latents for chunk in first], dim=2)
-    found["went on"] = made(_with_prompt(rollout))
+    found |= _saved(rollout, folder)
     found["resumed"] = made(_with_prompt(pipe.resume(folder / "ranks")))
     found["resumed from one"] = made(_with_prompt(pipe.resume(folder / "one")))
 
@@ -115,6 +135,38 @@ def _verbs(pipe: WanAutoregressivePipeline, folder: Path) -> dict[str, Any]:
     rollout.change(switch_policy="cross_attention")
     found["started again"] = made(rollout)
     return found
+
+
+def expected_of_verbs(pipe: WanAutoregressivePipeline, folder: Path) -> dict[str, dict[str, Any]]:
+    """What one process makes of the same; its state after three chunks is in `folder / "one"`."""
+    rollout = start(pipe, **SAVED)
+    for _ in range(3):
+        rollout.step()
+    rollout.save(folder / "one")
+    went_on = made(_with_prompt(rollout))
+    stopped = start(pipe, **SAVED)
+    stopped.on_progress = lambda: stopped.interrupt() if stopped.steps_done == 5 else None
+    found = {name: went_on for name in ("forked", "went on", "resumed", "resumed from one")}
+    found |= {"alongside": made(start(pipe, **SAVED)), "stopped": made(stopped)}
+    rollout.reset()
+    rollout.change(switch_policy="cross_attention")
+    return found | {"started again": made(rollout)}
+
+
+def check_saved_as_one(pipe: WanAutoregressivePipeline, found: dict[str, Any], folder: Path) -> None:
+    """The state that ranks saved in `folder / "ranks"` is one that one process goes on with as they did; and where
+    latents have the same bits it is the one that one process saves."""
+    alone = start(pipe, **SAVED)
+    first = torch.cat([alone.step().latents for _ in range(3)], dim=2)
+    alone.save(folder / "alone")
+    resumed = pipe.resume(folder / "ranks")
+    assert resumed.cache.allocated_bytes == alone.cache.allocated_bytes
+    went_on = made(_with_prompt(resumed))
+    torch.testing.assert_close(went_on["latents"], found["went on"]["latents"], rtol=0, atol=1e-3)
+    states = [read_content(folder / name) for name in ("ranks", "alone")]
+    assert [state.keys() for state in states] == [states[0].keys()] * 2
+    if torch.equal(first, found["saved"]):
+        assert states[0]["tensors"]["sha256"] == states[1]["tensors"]["sha256"]
 
 
 SAVED = {**WINDOW, "position_mode": "sink_relative", "kv_dtype": "int8", "guidance_scale": 2.0}
@@ -150,3 +202,46 @@ def decode_launch(folder: Path) -> dict[str, Any]:
         rollout.reset()
         found["recompute"] = made(start(pipe, **VIDEOS["recompute"]))
         return found
+
+
+FAILS_AT = 3
+"""The chunk in which a rank fails."""
+
+
+def failure_launch(failing: int, how: str, folder: Path, timeout_s: float) -> dict[str, Any]:
+    """One rank fails in the middle of a chunk. Of rank 0: what it was told, and what the video then refuses."""
+    pipe, rank = demo(), dist.get_rank()
+    if how == "other weights" and rank == failing:
+        pipe.transformer.proj_out.bias.data[0] += 1e-3
+
+    def step_done(self, chunk, timestep, latents):
+        if rank == failing and chunk.index == FAILS_AT and how != "other weights":
+            if how == "raise":
+                raise ValueError("the card caught fire")
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        return _STEP_DONE(self, chunk, timestep, latents)
+
+    ParallelRollout.step_done = step_done  # type: ignore[method-assign]
+    found: dict[str, Any] = {}
+    with parallel_rollouts(pipe, timeout_s=timeout_s) as leads:
+        if leads:
+            rollout = start(pipe, **WINDOW)
+            try:
+                while not rollout.done:
+                    rollout.step()
+                    rollout.save(folder)
+            except RankFailedError as error:
+                found["told"] = str(error)
+            found["refused"] = [_error_of(rollout.step), _error_of(lambda: rollout.save(folder))]
+    return found
+
+
+_STEP_DONE = ParallelRollout.step_done
+
+
+def _error_of(verb: Callable[[], Any]) -> str:
+    try:
+        verb()
+    except RuntimeError as error:
+        return str(error)
+    return ""

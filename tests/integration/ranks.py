@@ -3,6 +3,7 @@
 They are forked from a server that has imported the library once: a launch costs a second, not ten for each process.
 """
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -48,8 +49,14 @@ def run_ranks(target: Callable[..., Any], count: int, folder: Path, *args: Any, 
     return results
 
 
-def start_ranks(target: Callable[..., Any], count: int, folder: Path, *args: Any, limit_s: float = 120) -> list[Any]:
-    """As `run_ranks`, with a `RankError` or, of a rank that was killed, `None` in the place of its result."""
+def start_ranks(
+    target: Callable[..., Any], count: int, folder: Path, *args: Any, limit_s: float = 120, lost: int | None = None
+) -> list[Any]:
+    """As `run_ranks`, with a `RankError` or, of a rank that was killed, `None` in the place of its result.
+
+    Args:
+        lost: A rank that is not waited for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pipes = [_context.Pipe(duplex=False) for _ in range(count)]
     processes = [
@@ -61,7 +68,7 @@ def start_ranks(target: Callable[..., Any], count: int, folder: Path, *args: Any
         for process, (_, sender) in zip(processes, pipes, strict=True):
             process.start()
             sender.close()
-        open_ends = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+        open_ends = {receiver: rank for rank, (receiver, _) in enumerate(pipes) if rank != lost}
         end = datetime.datetime.now() + datetime.timedelta(seconds=limit_s)
         while open_ends:
             ready = wait(open_ends, max(0.0, (end - datetime.datetime.now()).total_seconds()))
@@ -88,7 +95,8 @@ def _rank(rank: int, count: int, folder: Path, sender: Any, target: Callable[...
     )
     try:
         result = target(*args)
-        dist.barrier()  # others may still be reading
+        with contextlib.suppress(RuntimeError):  # one that is gone does not come
+            dist.barrier()  # others may still be reading
     except BaseException as error:
         result = RankError(f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
         result.raised_at = time.monotonic()
