@@ -273,16 +273,22 @@ class WanKVCache:
         for block in self.block_caches:
             block.propose_to_bank()
 
-    def add_to_bank(self, length: int, text_keys: Sequence[torch.Tensor] | None = None) -> None:
+    def add_to_bank(
+        self,
+        length: int,
+        text_keys: Sequence[torch.Tensor] | None = None,
+        total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         """Let the proposed frame into the memory bank, which then holds `length` frames if it can.
 
         Args:
             text_keys: Of each block's cross-attention, `(batch, text_tokens, heads, head_dim)`; a full bank keeps the
                 frames that have most to do with them.
+            total: Adds up what several ranks with some of the heads each found, see [`MemoryBank.add`].
         """
         keys: Sequence[torch.Tensor | None] = [None] * self.num_blocks if text_keys is None else text_keys
         for block, text_key in zip(self.block_caches, keys, strict=True):
-            block.bank.add(length, text_key)
+            block.bank.add(length, text_key, total)
 
     def keep_newest(self, num_tokens: int) -> None:
         """Forget all but the sink and the newest `num_tokens` tokens (Infinity-RoPE's flush at a prompt switch).

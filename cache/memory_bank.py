@@ -4,6 +4,7 @@ MemFlow (KlingTeam/MemFlow). Such a frame keeps the keys and values that it was 
 as well and then counts twice.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,12 @@ class MemoryBank:
         for frames, frame in zip(self._needed_frames(), (key, value), strict=True):
             frames[:, -1] = frame
 
-    def add(self, length: int, text_key: torch.Tensor | None) -> None:
+    def add(
+        self,
+        length: int,
+        text_key: torch.Tensor | None,
+        total: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         """Let the proposed frame in.
 
         Args:
@@ -57,12 +63,15 @@ class MemoryBank:
                 prompt stay, best first, and the proposed one comes behind them.
             text_key (`torch.Tensor` of shape `(batch, text_tokens, heads, head_dim)`, *optional*): The prompt's
                 keys in this block's cross-attention, for a bank that is full.
+            total (`Callable`, *optional*): Of scores `(batch, frames)` over all heads, where others have some of them.
         """
         key, value = self._needed_frames()
         if length > self.num_frames:
             if text_key is None:
                 raise RuntimeError(f"a bank of {self.num_frames} frames is full: pass the keys of the prompt")
-            best = relevance(text_key, key[:, :-1]).topk(self.num_frames - 1, dim=1).indices  # (batch, frames)
+            scores = relevance(text_key, key[:, :-1])
+            scores = scores if total is None else total(scores)
+            best = scores.topk(self.num_frames - 1, dim=1).indices  # (batch, frames)
             batch = torch.arange(len(best), device=best.device)[:, None]
             for frames in (key, value):
                 frames[:, :-2] = frames[batch, best]
@@ -116,11 +125,12 @@ class MemoryBank:
 
 
 def relevance(text_key: torch.Tensor, frame_keys: torch.Tensor) -> torch.Tensor:
-    """Mean product of the keys of a prompt, padding included, and those of each frame: `(batch, frames)`, float32.
+    """Product of the mean key of a prompt, padding included, and that of each frame, summed over heads: `(batch,
+    frames)`, float32.
 
     Args:
         text_key (`torch.Tensor` of shape `(batch, text_tokens, heads, head_dim)`)
         frame_keys (`torch.Tensor` of shape `(batch, frames, frame_size, heads, head_dim)`)
     """
     text, frames = text_key.float().mean(dim=1), frame_keys.float().mean(dim=2)
-    return torch.einsum("bhd,bfhd->bf", text, frames) / text.shape[1]
+    return torch.einsum("bhd,bfhd->bf", text, frames)

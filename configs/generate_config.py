@@ -108,6 +108,8 @@ class GenerateConfig(BaseModel):
 
     device: Annotated[str, BeforeValidator(_parse_device)] = "auto"
     """auto, cpu, cuda, cuda:1, mps or xpu; auto takes a GPU if there is one."""
+    vae_device: Annotated[str | None, BeforeValidator(_parse_device)] = None
+    """Device of the VAE, if it has one of its own: with decode-alongside it decodes while the other denoises."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""
     vae_tiling: bool = False

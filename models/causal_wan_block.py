@@ -1,7 +1,5 @@
 """The blocks of a causal Wan transformer: attention through a cache, modulation per group of tokens."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -16,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import (
 from wan_autoregressive.cache import LaneBlock, WanKVBlockCache
 from wan_autoregressive.cache.rotary import RotaryEmbedding, apply_rotary_emb, rotate_pairs
 from wan_autoregressive.models.conditions import BlockTextConditions
+from wan_autoregressive.models.sequence_parallel import SequenceParallel
 
 
 class CausalWanAttnProcessor(WanAttnProcessor):
@@ -24,6 +23,9 @@ class CausalWanAttnProcessor(WanAttnProcessor):
     No mask: causality between chunks comes from the cache holding only the past, so every attention backend works.
     With `key_rotary_emb` the cache holds keys without rotary embedding, which are rotated when they are used.
     """
+
+    parallel: SequenceParallel | None = None
+    """With it hidden states are this rank's tokens, and the cache holds its heads."""
 
     def __call__(
         self,
@@ -46,19 +48,22 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         rotate = rotate_pairs if kv_cache is None else self.rotate_own
         key = attn.norm_k(key).unflatten(2, (attn.heads, -1))  # (batch, tokens, heads, head_dim)
         value = value.unflatten(2, (attn.heads, -1))
+        query = None if keys_values_only else attn.norm_q(query).unflatten(2, (attn.heads, -1))
+        if self.parallel is not None and rotary_emb is not None:  # whose tables are of the whole chunk
+            sent = [x for x in (key, value, query) if x is not None]
+            key, value, query = (*self.parallel.to_heads(rotary_emb[0].shape[1], *sent), None)[:3]
         if rotary_emb is not None and key_rotary_emb is None:
             key = rotate(key, *rotary_emb)
         if keys_values_only and kv_cache is not None:
             kv_cache.write(key, value)
             return hidden_states
-        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query = rotate(query, *rotary_emb)
         if kv_cache is not None:
             key, value = kv_cache.write(key, value)  # (batch, cached tokens, heads, head_dim)
         if key_rotary_emb is not None:
             key = self.rotate(key, *key_rotary_emb)
-        return _project(attn, _attend(self, query, key, value, attention_mask, self._parallel_config))
+        return _project(attn, _attend(self, query, key, value, attention_mask, self.parallel))
 
     def rotate(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotated keys of the cache `(batch, tokens, heads, head_dim)`: new memory."""
@@ -122,7 +127,7 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    parallel_config: Any = None,
+    parallel: SequenceParallel | None = None,
 ) -> torch.Tensor:
     """Attention with the processor's backend, heads joined: `(batch, tokens, dim)`."""
     hidden_states = dispatch_attention_fn(
@@ -133,8 +138,9 @@ def _attend(
         dropout_p=0.0,
         is_causal=False,
         backend=processor._attention_backend,
-        parallel_config=parallel_config,
     )
+    if parallel is not None:
+        hidden_states = parallel.to_tokens(hidden_states)
     return hidden_states.flatten(2, 3).type_as(query)
 
 

@@ -6,9 +6,10 @@ Without a cache the output is bitwise equal to upstream's (`tests/integration/te
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers looks the base class up in this module
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
@@ -32,6 +33,7 @@ from wan_autoregressive.models.causal_wan_embeddings import (
 from wan_autoregressive.models.conditions import ConditionMemory, TimeConditions
 from wan_autoregressive.models.forward_plan import ForwardPlan, PastFrames
 from wan_autoregressive.models.in_place_layers import InPlaceGELU, InPlaceRMSNorm
+from wan_autoregressive.models.sequence_parallel import SequenceParallel
 
 
 class CausalWanTransformer3DModel(WanTransformer3DModel):
@@ -41,6 +43,10 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
     _repeated_blocks = ["CausalWanTransformerBlock"]  # noqa: RUF012
     # Offload hooks must neither copy nor move the cache.
     _skip_keys = ["kv_cache", "attention_kwargs"]  # noqa: RUF012
+    _cp_plan = None  # upstream's would split tokens behind the cache, see `enable_parallelism`
+
+    parallel: SequenceParallel | None = None
+    """What this rank does of every forward; `None` without others."""
 
     # diffusers reads the config's keys off this signature.
     @functools.wraps(WanTransformer3DModel.__init__)  # type: ignore[misc]
@@ -60,6 +66,28 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the sinusoid can be torch.float32 or torch.float64, got {dtype}")
         self.condition_embedder.timesteps_proj.sinusoid_dtype = dtype
+
+    def set_sequence_parallel(self, group: dist.ProcessGroup | None) -> None:
+        """Share every forward among the ranks of `group`, all of which make it with the same inputs (Ulysses); `None`
+        ends it. A rank's caches then hold its own heads only: a cache serves under one setting from its first chunk to
+        its last.
+
+        The flow that every rank gets is that of a single process but for the last bits, and the same on all ranks.
+
+        Raises:
+            ValueError: fewer heads than ranks, or this process is not in the group.
+        """
+        self.parallel = None if group is None else SequenceParallel(group, self.config.num_attention_heads)
+        for block in self.blocks:
+            block.attn1.processor.parallel = self.parallel
+
+    def enable_parallelism(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not for this model. Raises `ValueError`."""
+        raise ValueError(
+            "enable_parallelism would exchange keys and values behind the KV cache, which then holds some tokens of "
+            "all heads: wrong for a sink that is no whole chunk. Call set_sequence_parallel(group), which exchanges "
+            "before the cache"
+        )
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -124,6 +152,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             time.temb, time.modulation = temb, modulation
         if text is not None:
             text.projected = embedded_text = embedded_text if needs_text else text.projected
+        num_tokens, temb, modulation, parallel = hidden_states.shape[1], time.temb, time.modulation, self.parallel
+        if parallel is not None:
+            assert temb is not None
+            assert modulation is not None
+            hidden_states = parallel.shard(hidden_states)
+            temb, modulation = (parallel.shard_groups(x, num_tokens) for x in (temb, modulation))
 
         # 3. Blocks, each with its own part of the cache
         if text is not None and not text.blocks[0].is_filled:  # a re-cache computes it with more tokens than a chunk
@@ -131,7 +165,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         block_texts = [None] * len(self.blocks) if text is None else text.blocks
         for block, block_cache, block_text in zip(self.blocks, plan.block_caches, block_texts, strict=True):
             is_end = plan.keys_values_only and block is self.blocks[-1]
-            inputs: tuple[Any, ...] = (hidden_states, embedded_text, time.modulation, plan.rotary_emb)
+            inputs: tuple[Any, ...] = (hidden_states, embedded_text, modulation, plan.rotary_emb)
             inputs += (block_cache, plan.key_rotary_emb, block_text, is_end)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *inputs)
@@ -145,12 +179,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             return Transformer2DModelOutput(sample=None) if return_dict else (None,)
 
         # 4. Output norm, projection and unpatchify
-        assert time.temb is not None
-        table = self.scale_shift_table.unsqueeze(0).to(time.temb.device)
-        shift, scale = (table + time.temb.unsqueeze(2)).unbind(dim=2)
+        assert temb is not None
+        table = self.scale_shift_table.unsqueeze(0).to(temb.device)
+        shift, scale = (table + temb.unsqueeze(2)).unbind(dim=2)
         shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
         hidden_states = modulate(self.norm_out(hidden_states.float()), scale, shift).type_as(hidden_states)
         hidden_states = self.proj_out(hidden_states)
+        if parallel is not None:
+            hidden_states = parallel.gather(hidden_states, num_tokens)
         hidden_states = hidden_states.reshape(batch_size, frames, rows, columns, p_t, p_h, p_w, -1)
         hidden_states = hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6)
         sample = hidden_states.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # (batch, channels, frames, height, width)
@@ -200,7 +236,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             size = height * width
             keep = None if keep_frames is None else keep_frames * size
             past = None if view is None else view.in_tokens(size)
-            block_caches = kv_cache.begin_forward(frames * size, like, keep, past)
+            block_caches = kv_cache.begin_forward(frames * size, self.of_own_heads(like), keep, past)
             rope = self.rope
             planned = kv_cache.plan_positions(frame_offset, frames, size, rope.max_seq_len, rope.rotation)
             positions = planned if isinstance(planned, list) else [planned]
@@ -231,15 +267,20 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             plan.text = memory.text(encoder_hidden_states, len(self.blocks), like, encoder_hidden_states_image)
         return plan
 
+    def of_own_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """What a cache of this rank holds of `(batch, tokens, heads, head_dim)`: all heads, or those that other ranks
+        do not have."""
+        return x if self.parallel is None else self.parallel.of_own_heads(x)
+
     def kv_cache_bytes(self, num_tokens: int, batch_size: int = 1, kv_cache: WanKVCache | None = None) -> int:
-        """Bytes that keys and values of `num_tokens` tokens take over all blocks.
+        """Bytes that keys and values of `num_tokens` tokens take over all blocks, of several ranks on this one.
 
         Args:
             kv_cache ([`WanKVCache`], *optional*): Those that this cache will take; one with a window holds that.
         """
         kv_cache = kv_cache or WanKVCache(num_blocks=self.config.num_layers)
-        heads, head_dim = self.config.num_attention_heads, self.config.attention_head_dim
-        return kv_cache.expected_bytes(batch_size, heads, head_dim, self.dtype, num_tokens)
+        heads = self.config.num_attention_heads if self.parallel is None else self.parallel.own_heads
+        return kv_cache.expected_bytes(batch_size, heads, self.config.attention_head_dim, self.dtype, num_tokens)
 
     def _check_kv_cache(self, kv_cache: WanKVCache | LaneCaches) -> None:
         if kv_cache.num_blocks != len(self.blocks):
@@ -264,6 +305,11 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
 
 def _make_causal(model: WanTransformer3DModel) -> None:
+    if model._parallel_config is not None:
+        raise ValueError(
+            "a transformer with enable_parallelism splits tokens behind the KV cache; load it without, and call "
+            "set_sequence_parallel(group)"
+        )
     model.rope.__class__ = CausalWanRotaryPosEmbed
     model.condition_embedder.__class__ = CausalWanTimeTextImageEmbedding
     model.condition_embedder.timesteps_proj.__class__ = CausalWanTimesteps
@@ -277,5 +323,4 @@ def _make_causal(model: WanTransformer3DModel) -> None:
             (block.attn2, CausalWanCrossAttnProcessor()),
         ):
             processor._attention_backend = attention.processor._attention_backend
-            processor._parallel_config = attention.processor._parallel_config
             attention.set_processor(processor)

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _SAMPLES = 64
@@ -29,11 +30,13 @@ _known: "WeakKeyDictionary[torch.nn.Module, tuple[Any, WeightsFingerprint]]" = W
 def weights_fingerprint(model: torch.nn.Module) -> WeightsFingerprint:
     """The fingerprint of a model's parameters and persistent buffers.
 
-    Computed once per model, and again after weights were replaced, changed in place or moved.
+    Computed once per model, and again after weights were replaced, changed in place or moved. Of weights split
+    over several ranks it is that of the whole, which all of these ranks compute at the same time.
     """
     tensors = sorted((name.replace("_orig_mod.", ""), tensor) for name, tensor in _tensors(model).items())
     adapters = _adapters(model)
-    identity = ([(name, tensor.data_ptr(), _version(tensor)) for name, tensor in tensors], adapters)
+    own = [(name, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for name, tensor in tensors]
+    identity = ([(name, tensor.data_ptr(), _version(tensor)) for name, tensor in own], adapters)
     if model in _known and _known[model][0] == identity:
         return _known[model][1]
     layout = [[name, list(tensor.shape), str(tensor.dtype), *_format(tensor)] for name, tensor in tensors]
@@ -85,8 +88,10 @@ def _digest_values(tensors: list[torch.Tensor]) -> str | None:
     # One copy per device and dtype: one for each tensor would wait for the device a thousand times.
     groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
+        is_split = isinstance(tensor, DTensor)
+        flat = (tensor.full_tensor() if is_split else tensor).detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)]
+        sample = sample.clone() if is_split else sample  # of a whole that is not kept
         groups.setdefault((tensor.dtype, tensor.device), []).append(sample)
     on_cpu = {
         key: iter(torch.cat(samples).cpu().split([sample.numel() for sample in samples]))

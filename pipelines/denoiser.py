@@ -217,6 +217,11 @@ class Denoiser:
         return sum(expert.nbytes for expert in self.experts)
 
     @property
+    def heads_are_split(self) -> bool:
+        """Whether the caches hold some heads of several ranks'."""
+        return any(expert.transformer.parallel is not None for expert in self.experts)
+
+    @property
     def input_bytes(self) -> int:
         """Bytes of what forwards read beside weights, keys and values: latents, image, time, rotary tables, slots."""
         image = 0 if self.image is None else self.image.nbytes

@@ -194,12 +194,13 @@ class Expert:
 
     def add_to_bank(self, length: int, branch: int, embeds: torch.Tensor) -> None:
         """Let the proposed frame into the memory bank of a branch; its prompt decides who stays in a full one."""
-        cache = self.caches[branch]
+        cache, parallel = self.caches[branch], self.transformer.parallel
         is_full = length > cache.block_caches[0].bank.num_frames
-        cache.add_to_bank(length, self._text_keys(embeds) if is_full else None)
+        total = None if parallel is None else parallel.total
+        cache.add_to_bank(length, self._text_keys(embeds) if is_full else None, total)
 
     def _text_keys(self, embeds: torch.Tensor) -> list[torch.Tensor]:
-        """Of each block's cross-attention, `(batch, text_tokens, heads, head_dim)`.
+        """Of each block's cross-attention, `(batch, text_tokens, heads, head_dim)`: the heads that the caches hold.
 
         A prompt that no forward has read to the end yet is read by one over a single token without a past: weights are
         touched inside of forwards only.
@@ -220,7 +221,7 @@ class Expert:
                 attention_kwargs={**self._attention_kwargs, "plan": plan},
                 return_dict=False,
             )
-        return [block.key for block in text.blocks]
+        return [transformer.of_own_heads(block.key) for block in text.blocks]
 
     def keep_newest(self, num_tokens: int) -> None:
         """Forget all but the sink and the newest tokens. A newest chunk that stays whole can still be overwritten."""

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
@@ -64,6 +64,19 @@ EXAMPLE_DOC_STRING = """
 """
 
 
+class RolloutMaker(Protocol):
+    """A class of rollouts, or what makes them."""
+
+    def __call__(self, components: WanComponents, config: RolloutConfig, **parts: Any) -> WanRollout: ...
+    def load(
+        self,
+        components: WanComponents,
+        folder: str | os.PathLike[str],
+        generator_device: torch.device | str | None = None,
+        on_step_end: StepCallback | None = None,
+    ) -> WanRollout: ...
+
+
 class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Text, image or video to video of any length, with a Wan model distilled for causal few-step generation.
 
@@ -91,6 +104,9 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     _optional_components = [  # noqa: RUF012
         *("tokenizer", "text_encoder", "vae", "transformer_2", "image_encoder", "image_processor")
     ]
+
+    rollouts: RolloutMaker = WanRollout
+    """What `rollout` and `resume` make, and how."""
 
     # Text is encoded exactly as in WanPipeline: padded with zeros to max_sequence_length, and the padding attended to.
     encode_prompt = WanPipeline.encode_prompt
@@ -386,7 +402,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         encode_s = time.perf_counter() - started
 
         device = components.device
-        return WanRollout(
+        return self.rollouts(
             components,
             config,
             prompt=first_state,
@@ -425,7 +441,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
             ValueError: nothing was saved there, it is damaged or of another format version, or this pipeline's models
                 have other weights, another config, dtype or tiling. The message names the difference.
         """
-        return WanRollout.load(self._with_preview(preview_vae), folder, generator_device, on_step_end)
+        return self.rollouts.load(self._with_preview(preview_vae), folder, generator_device, on_step_end)
 
     def estimate(self, given_frames: int = 0, batch_size: int = 1, **settings: Any) -> RolloutEstimate:
         """What a rollout with these settings will take, without running anything.

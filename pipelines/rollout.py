@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers.utils import logging
@@ -275,25 +275,37 @@ class WanRollout:
         """Go on with a video that `save` wrote; see [`WanAutoregressivePipeline.resume`]."""
         config, state = read_rollout_state(folder, components)
         try:
-            rollout = cls(
-                components,
-                config,
-                prompt=state["denoiser"]["prompt"],
-                negative_prompt_embeds=state["denoiser"]["negative_prompt_embeds"],
-                given_latents=state["given_latents"],
-                on_step_end=on_step_end,
-                # Its own, not the pipeline's present one: step lists and shift belong to the video.
-                schedulers=components.schedulers(config, state["scheduler"]),
-                image=None if (image := state["denoiser"].get("image")) is None else ImageCondition(**image),
-            )
-            rollout.load_state_dict(state, generator_device)
+            return cls.from_state(components, config, state, generator_device, on_step_end=on_step_end)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"the state in '{folder}' is not a whole rollout of this version: {type(error).__name__} {error}"
             ) from error
+
+    @classmethod
+    def from_state(
+        cls,
+        components: WanComponents,
+        config: RolloutConfig,
+        state: dict[str, Any],
+        generator_device: torch.device | str | None = None,
+        **parts: Any,
+    ) -> Self:
+        """Go on from what `state_dict` gave, its tensors where the transformer runs; `parts` are not in it."""
+        rollout = cls(
+            components,
+            config,
+            prompt=state["denoiser"]["prompt"],
+            negative_prompt_embeds=state["denoiser"]["negative_prompt_embeds"],
+            given_latents=state["given_latents"],
+            # Its own, not the pipeline's present one: step lists and shift belong to the video.
+            schedulers=components.schedulers(config, state["scheduler"]),
+            image=None if (image := state["denoiser"].get("image")) is None else ImageCondition(**image),
+            **parts,
+        )
+        rollout.load_state_dict(state, generator_device)
         return rollout
 
-    def fork(self) -> "WanRollout":
+    def fork(self) -> Self:
         """A copy that goes on from here on its own: both make the chunks that one alone would have made.
 
         Keys and values are copied, prompts and models shared; `on_step_end` is called by both. Without generators

@@ -10,7 +10,7 @@ from wan_autoregressive.configs import SETTING_NAMES, GenerateConfig, resolve_co
 from wan_autoregressive.configs.messages import shown
 
 # Where a video goes, what computes it and in which form frames come to the encoder do not make it another video.
-_BESIDE_THE_POINT = {"output", "device", "prompts", "output_type"}
+_BESIDE_THE_POINT = {"output", "device", "vae_device", "prompts", "output_type"}
 
 
 def first_difference(

@@ -17,6 +17,7 @@ import yaml
 
 from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.configs.prompt_times import LATENT_PIXEL_FRAMES
+from wan_autoregressive.scripts import several_ranks
 from wan_autoregressive.scripts.errors import print_note
 from wan_autoregressive.scripts.generate_flags import GenerateArguments, parse_flags
 from wan_autoregressive.scripts.generate_inputs import Pixels, check_prompts, load_given, plan_jobs, read_prompts
@@ -49,6 +50,9 @@ def main(words: Sequence[str]) -> int:
     config = arguments.config
     if arguments.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    if several_ranks.own_rank():  # not the first one, which does all that follows
+        several_ranks.follow(arguments)
         return 0
     checkpointing = _checkpointing(arguments)
     prompts = read_prompts(config)
@@ -91,7 +95,8 @@ def _worker(
 ) -> Iterator[RenderWorker]:
     """Load the model; within the block a signal waits for the end of a chunk if that is then saved."""
     worker = _load_worker(arguments, checkpointing, given)
-    with worker.stop.soften() if checkpointing is not None else nullcontext():
+    soften = worker.stop.soften() if checkpointing is not None else nullcontext()
+    with several_ranks.on_all_ranks(worker.pipe, arguments), soften:
         yield worker
 
 
@@ -103,7 +108,7 @@ def _load_worker_elsewhere(arguments: GenerateArguments) -> RenderWorker:
 def _load_worker(
     arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
 ) -> RenderWorker:
-    config = arguments.config
+    config = several_ranks.on_own_device(arguments.config)
     start = time.perf_counter()
     pipe = load_pipeline(config)
     return RenderWorker(
@@ -114,7 +119,7 @@ def _load_worker(
         load_s=time.perf_counter() - start,
         chunks=estimate_of(pipe, config, given).chunks,
         checkpointing=checkpointing,
-        decode_alongside=arguments.decode_alongside,
+        decode_alongside=arguments.decode_alongside or arguments.decode_rank,
         tell=print_note,
     )
 

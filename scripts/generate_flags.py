@@ -46,6 +46,10 @@ class GenerateArguments:
     resume: bool
     decode_alongside: bool
     spread: Spread
+    decode_rank: bool
+    """Of several ranks the last one only decodes."""
+    rank_timeout: float
+    """Seconds that a rank waits for another one."""
 
 
 def parse_flags(words: Sequence[str]) -> GenerateArguments | None:
@@ -116,6 +120,8 @@ def _read(
     checkpoint_every: Annotated[int | None, Parameter(group=_RUN)] = None,
     resume: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
     decode_alongside: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
+    decode_rank: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
+    rank_timeout: Annotated[float, Parameter(group=_RUN)] = 300.0,
     debug: Annotated[bool, Parameter(group=_RUN, negative="")] = False,
     spread: Annotated[Spread | None, Parameter(name="*", group=_LIST, negative="")] = None,
 ) -> GenerateArguments:
@@ -127,6 +133,8 @@ def _read(
         checkpoint_every: Save what is done every so many chunks, so that --resume can go on after a crash or a stop.
         resume: Go on where an earlier run of the same command was cut off.
         decode_alongside: Decode a chunk while the next one is denoised: the same video; on a CPU not always faster.
+        decode_rank: Under torchrun, which makes one video on several devices: let the last one only decode.
+        rank_timeout: Under torchrun: seconds that a process waits for another before it calls it gone (default: 300).
         debug: Show the traceback of an error.
     """
     if checkpoint_every is not None and checkpoint_every < 1:
@@ -144,8 +152,17 @@ def _read(
     spread.check(resolved)
     inputs = tuple(Path(name) for name in files if isinstance(name, str | Path))
     return GenerateArguments(
-        *(resolved, inputs, model is not None, print_config, dry_run, checkpoint_every, resume, decode_alongside),
+        resolved,
+        inputs,
+        model_given=model is not None,
+        print_config=print_config,
+        dry_run=dry_run,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        decode_alongside=decode_alongside,
         spread=spread,
+        decode_rank=decode_rank,
+        rank_timeout=rank_timeout,
     )
 
 

@@ -139,6 +139,8 @@ def load_pipeline(config: GenerateConfig) -> Any:
         if config.tiny_vae is not None:
             pipe.vae = _load_tiny_vae(config.tiny_vae, config.tiny_vae_latents, dtype)
         pipe.to(device)
+        if config.vae_device is not None:
+            pipe.vae.to(_pick_device(config.vae_device))
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, config)
     if config.vae_tiling:
