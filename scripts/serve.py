@@ -62,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
 
         from wan_autoregressive.server.app import build_app
-        from wan_autoregressive.server.engine import Engine, EngineLimits
+        from wan_autoregressive.server.engine import Engine
         from wan_autoregressive.server.guard import Door
+        from wan_autoregressive.server.limits import EngineLimits
         from wan_autoregressive.server.messages import MAX_MESSAGE_BYTES
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing; pip install 'wan-autoregressive[serve]'") from error

@@ -19,9 +19,10 @@ from starlette.routing import Route, WebSocketRoute
 
 from wan_autoregressive.media.segments import join_segments
 from wan_autoregressive.media.video_writer import VideoWriteError
-from wan_autoregressive.server.engine import Engine, UnknownSessionError
+from wan_autoregressive.server.engine import Engine
 from wan_autoregressive.server.guard import COOKIE, Door, Guard, error_response
 from wan_autoregressive.server.images import FORMATS, MAX_BYTES, ImageShelf, read_upload
+from wan_autoregressive.server.limits import UnknownSessionError
 from wan_autoregressive.server.live_socket import LiveSocket
 from wan_autoregressive.server.messages import MAX_PROMPT_LENGTH, PROTOCOL
 from wan_autoregressive.server.metrics import metrics_text

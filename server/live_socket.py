@@ -7,8 +7,9 @@ from contextlib import suppress
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from wan_autoregressive.server.engine import Engine, QueueFullError
+from wan_autoregressive.server.engine import Engine
 from wan_autoregressive.server.images import ImageShelf
+from wan_autoregressive.server.limits import QueueFullError
 from wan_autoregressive.server.live_session import LiveSession
 from wan_autoregressive.server.messages import (
     PROTOCOL,

@@ -156,6 +156,8 @@ class ChunkReady(ServerMessage):
     start_frame: int
     frames: int
     prompt: str
+    near: bool
+    """Right before it the past was made anew from latents: near to what it was, not the same."""
     codec: str
     step_s: float
     encode_s: float
@@ -173,6 +175,8 @@ class Cut(ServerMessage):
     dropped: list[int]
     """Chunks that are forgotten."""
     prompt: str
+    near: bool
+    """What comes sees a past that is near to what it was, not the same: too much would have to be made again."""
     repeating: int
     """Chunks that have to be made again, unseen, before the next one comes."""
 

@@ -3,7 +3,8 @@
 import queue
 import time
 
-from wan_autoregressive.server.engine import Engine, EngineLimits
+from wan_autoregressive.server.engine import Engine
+from wan_autoregressive.server.limits import EngineLimits
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.messages import ChunkReady, Played, Start
 
