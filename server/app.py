@@ -24,8 +24,9 @@ from wan_autoregressive.server.guard import COOKIE, Door, Guard, error_response
 from wan_autoregressive.server.images import FORMATS, MAX_BYTES, ImageShelf, read_upload
 from wan_autoregressive.server.limits import UnknownSessionError
 from wan_autoregressive.server.live_socket import LiveSocket
-from wan_autoregressive.server.messages import MAX_PROMPT_LENGTH, PROTOCOL
+from wan_autoregressive.server.messages import PROTOCOL
 from wan_autoregressive.server.metrics import metrics_text
+from wan_autoregressive.server.prompt_text import MAX_PROMPT_LENGTH
 from wan_autoregressive.server.timeline import Timeline
 
 _PAGE = files("wan_autoregressive.server.page")
@@ -115,6 +116,7 @@ class _Routes:
                 "slots": limits.slots,
                 "max_seconds": limits.max_seconds,
                 "max_prompt_length": MAX_PROMPT_LENGTH,
+                "max_prompt_tokens": model.most_tokens,
                 "max_image_bytes": MAX_BYTES,
                 "image_formats": FORMATS,
             }

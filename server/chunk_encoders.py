@@ -51,6 +51,7 @@ class ChunkEncoders:
             with self._lock:
                 if not session.to_encode:
                     session.encoding = False
+                    self._lock.notify_all()
                     return
                 made = session.to_encode.popleft()
             try:
@@ -63,8 +64,12 @@ class ChunkEncoders:
         started = time.perf_counter()
         entry, folder = made.entry, session.video.folder
         body = encode_mp4(made.frames, self._model.fps, self._model.scale)
-        folder.chunk_path(entry.id, "mp4").write_bytes(body)
-        folder.chunk_path(entry.id, "webp").write_bytes(encode_thumbnail(made.frames[0]))
+        try:
+            folder.chunk_path(entry.id, "webp").write_bytes(encode_thumbnail(made.frames[0]))
+            folder.chunk_path(entry.id, "mp4").write_bytes(body)
+        except OSError:  # no half of an mp4, which would count as a chunk
+            folder.remove_chunk(entry.id)
+            raise
         took = time.perf_counter() - started
         timings = {name: round(seconds, 4) for name, seconds in made.chunk.timings.as_dict().items()}
         step_s = sum(timings.values())

@@ -21,7 +21,7 @@ from wan_autoregressive.server.limits import EngineLimits, UnknownSessionError
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.live_session import Emit, LiveSession, nobody
 from wan_autoregressive.server.live_video import LiveVideo
-from wan_autoregressive.server.messages import Command, Error, Pause, Played, Resume, Start
+from wan_autoregressive.server.messages import ChangePrompt, Command, Error, Fork, Pause, Played, Resume, Start
 from wan_autoregressive.server.model_thread import ModelThread, save
 from wan_autoregressive.server.parked_videos import ParkedVideos
 from wan_autoregressive.server.seats import Seats
@@ -62,10 +62,12 @@ class Engine:
             stop_frame: Make a video of so many pixel frames in the background, without a slot.
 
         Raises:
-            QueueFullError, UnknownSessionError
+            QueueFullError, UnknownSessionError, PromptError
             ValueError: there is neither a prompt nor a session to go on with, or that is damaged.
             OSError: there is no room on the disk.
         """
+        if start.prompt is not None:
+            self.model.check_prompt(start.prompt)
         with self._changed:
             session = None if start.resume is None else self._seats.find(start.resume)
             if session is not None:
@@ -85,7 +87,9 @@ class Engine:
             return session
 
     def command(self, session: LiveSession, command: Command) -> None:
-        """What a viewer asks for. What changes the video happens between two steps."""
+        """What a viewer asks for. What changes the video happens between two steps. Raises `PromptError`."""
+        if isinstance(command, ChangePrompt | Fork) and command.prompt is not None:
+            self.model.check_prompt(command.prompt)
         with self._changed:
             if isinstance(command, Pause | Resume):
                 session.paused = isinstance(command, Pause)

@@ -13,6 +13,10 @@ class UnknownSessionError(ValueError):
     """There is no session of that name."""
 
 
+class PromptError(ValueError):
+    """The model cannot take this prompt; everything else is as it was."""
+
+
 @dataclass(frozen=True)
 class EngineLimits:
     """Bounds of what the engine does and holds."""

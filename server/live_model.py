@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.server.limits import PromptError
 
 _WARM_UP_STEPS = 3
 _OWN_SETTINGS = ("num_frames", "output_type", "strength")
@@ -35,6 +38,12 @@ class LiveModel:
     fps: float = 16.0
     scale: int = 1
     name: str = ""
+    _tokenizer: Any = field(init=False, repr=False)
+    _tokenizing: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # Its own: tokenizers hold state while they work, and the pipeline's is used by the model's thread.
+        object.__setattr__(self, "_tokenizer", copy.deepcopy(self.pipe.tokenizer))
 
     @property
     def height(self) -> int:
@@ -44,6 +53,18 @@ class LiveModel:
     @property
     def width(self) -> int:
         return int(self.settings["width"])
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt; the text encoder would see no more."""
+        return self._config.max_sequence_length
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise `PromptError` for one whose end would be cut off. From any thread."""
+        with self._tokenizing:
+            count = len(self._tokenizer(prompt).input_ids)
+        if count > self.most_tokens:
+            raise PromptError(f"the prompt has {count} tokens, the model takes {self.most_tokens}; make it shorter")
 
     def start(self, prompt: str, seed: int, image: Any = None) -> WanRollout:
         """Begin an endless video."""

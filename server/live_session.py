@@ -38,6 +38,8 @@ class LiveSession:
         self.to_encode: deque[MadeChunk] = deque()
         self.encoding = False
         self.paused = self.told_of_limit = False
+        self.unsaved = 0
+        """Chunks since the last checkpoint."""
         self.unsent = 0
         """Chunks that no socket has taken yet."""
         self.made = self.played = len(video.timeline.branch_path()) - 1

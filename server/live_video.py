@@ -166,7 +166,8 @@ class LiveVideo:
         if self._rollout is not None and not self._to_repeat and not self._next_is_near:
             self.folder.save_rollout(tip, self._rollout)
         self.folder.write_description(self.describe())
-        self.folder.remove_rollouts(but=tip)
+        if self.folder.has_rollout(tip):  # else an older one is what to begin from
+            self.folder.remove_rollouts(but=tip)
 
     def describe(self) -> dict[str, Any]:
         """The whole video in plain values."""
@@ -193,10 +194,20 @@ class LiveVideo:
         image = folder.read_image() if values["from_image"] else None
         video = cls(model, path, values["prompt"], values["seed"], image, snapshots, stop_frame)
         video.timeline = Timeline.from_dict(values)
-        # What came after the save is lost, but not its numbers: a viewer may hold chunks of them.
-        video.timeline.next_id = max(video.timeline.next_id, folder.newest_chunk + 1)
         video._next_prompt, video._next_seed = values["next_prompt"], values["next_seed"]
+        video._mend()
         return video
+
+    def _mend(self) -> None:
+        """After a crash: what came behind the last save is lost, and what cannot be shown any more is left out."""
+        on_disk, timeline = self.folder.chunks, self.timeline
+        later = on_disk - timeline.chunks.keys()
+        timeline.remove(timeline.chunks.keys() - on_disk)
+        if later:
+            timeline.next_id = max(timeline.next_id, max(later) + 1)  # a viewer may hold chunks of these numbers
+            self.folder.write_description(self.describe())
+            for chunk in later:
+                self.folder.remove_chunk(chunk)
 
     @property
     def _next_frame(self) -> int:

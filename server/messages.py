@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from wan_autoregressive.server.prompt_text import Prompt
+
 PROTOCOL = 1
-MAX_PROMPT_LENGTH = 1000
 MAX_MESSAGE_BYTES = 64 * 1024
 
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT_LENGTH)]
 Seed = Annotated[int, Field(ge=0, lt=2**53)]  # whole in JavaScript too
 Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{22}$")]
 ChunkId = Annotated[int, Field(ge=0, lt=2**31)]

@@ -64,7 +64,7 @@ class ModelThread:
         """A session that is to be saved, else the one whose turn it is; None at the end."""
         with self._lock:
             while not self._stopped:
-                session = next(iter(self._seats.leaving.values()), None) or self._seats.next_to_serve()
+                session = self._seats.next_to_save() or self._seats.next_to_serve()
                 if session is not None:
                     return session
                 self._lock.wait()
@@ -87,6 +87,10 @@ class ModelThread:
             self._make_chunk(session)
 
     def _make_chunk(self, session: LiveSession) -> None:
+        # Before a chunk, not after it: only what is encoded can be shown again after a crash.
+        if 0 < self._limits.checkpoint_every <= session.unsaved and not session.encoding:
+            session.unsaved = 0
+            save(session)
         started = time.perf_counter()
         made = session.video.advance()
         took = time.perf_counter() - started
@@ -96,10 +100,8 @@ class ModelThread:
         with self._lock:
             session.made = made.entry.index
             session.unsent += 1
+            session.unsaved += 1
         self._encoders.encode(session, made)
-        every = self._limits.checkpoint_every
-        if every and (made.entry.id + 1) % every == 0:
-            save(session)
 
     def _obey(self, session: LiveSession, command: ChangePrompt | Fork) -> None:
         video = session.video

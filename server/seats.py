@@ -77,6 +77,10 @@ class Seats:
         ready = [session for session in self.active.values() if session.commands or session.wants_chunk]
         return min(ready, key=lambda session: session.urgency, default=None)
 
+    def next_to_save(self) -> LiveSession | None:
+        """One that left, once its chunks are encoded."""
+        return next((session for session in self.leaving.values() if not session.encoding), None)
+
     def tell(self, session: LiveSession) -> None:
         """Tell a viewer where the session stands."""
         if session.state == "waiting":

@@ -117,6 +117,19 @@ class Timeline:
         self.tips[self.branch] = chunk
         return dropped
 
+    def remove(self, chunks: Iterable[int]) -> None:
+        """Forget chunks and all that follows them, on every branch; branches end before them then."""
+        gone = set(chunks)
+        for chunk in sorted(self.chunks):  # parents first
+            if self.chunks[chunk].parent in gone:
+                gone.add(chunk)
+        for branch, tip in self.tips.items():
+            while tip in gone:
+                tip = self.chunks[tip].parent  # type: ignore[index]
+            self.tips[branch] = tip
+        for chunk in gone & self.chunks.keys():
+            del self.chunks[chunk]
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {

@@ -48,10 +48,9 @@ class VideoFolder:
             self.chunk_path(chunk, kind).unlink(missing_ok=True)
 
     @property
-    def newest_chunk(self) -> int:
-        """Highest number that a chunk has on the disk, -1 for none."""
-        numbers = [path.stem for path in self._chunks.iterdir()] if self._chunks.is_dir() else []
-        return max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    def chunks(self) -> set[int]:
+        """Numbers of the chunks that can be shown."""
+        return {int(path.stem) for path in self._chunks.glob("*.mp4") if path.stem.isdecimal()}
 
     def write_latents(self, chunk: int, latents: torch.Tensor, noise: torch.Tensor) -> None:
         """Keep what a chunk was decoded from.

@@ -98,6 +98,8 @@ def test_a_video_from_start_to_download(client, tmp_path):
     [
         *("no json", "[]", "{}", '{"type":"start"}', '{"type":"start","prompt":""}', '{"type":"start","prompt":7}'),
         json.dumps({"type": "start", "prompt": "x" * 1001}),
+        *(json.dumps({"type": "start", "prompt": f"a{letter}b"}) for letter in "\0\x1b\x7f\x85\x9b"),
+        '{"type":"start","prompt":"\\ud800"}',
         *('{"type":"start","prompt":"x","seed":"1"}', '{"type":"start","prompt":"x","more":1}'),
         *('{"type":"start","resume":"../../etc"}', '{"type":"start","prompt":"x","image":"../x"}'),
         *('{"type":"start","prompt":"x","protocol":2}', '{"type":"played","chunk":0}', '{"type":"prompt"}'),
@@ -116,6 +118,23 @@ def test_a_bad_message_ends_only_its_own_connection(client, message):
             assert closed.value.code == 4400
         viewer.say(type="played", chunk=0)
         viewer.wait_for("chunk")
+
+
+def test_a_prompt_longer_than_the_text_encoder_takes_is_refused_and_nothing_else_happens(client):
+    model = client.get("/v1/model").json()
+    long = " ".join(["red"] * (model["max_prompt_tokens"]))
+    with client.websocket_connect(LIVE) as socket:
+        viewer = Viewer(socket)
+        viewer.say(type="start", prompt=long)
+        error = viewer.wait_for("error")
+        assert (error["code"], "make it shorter" in error["message"]) == ("prompt", True)
+        viewer.say(type="start", prompt="  a red\n\tcircle ")
+        assert viewer.wait_for("chunk")["prompt"] == "a red circle"
+        viewer.say(type="prompt", prompt=long)
+        assert viewer.wait_for("error")["code"] == "prompt"
+        viewer.say(type="prompt", prompt=GREEN)
+        viewer.say(type="played", chunk=0)
+        assert viewer.wait_for("cut")["prompt"] == GREEN
 
 
 def test_a_full_queue_says_so(client):
@@ -231,7 +250,7 @@ def test_pictures_are_looked_at_before_they_are_unpacked(client):
         *(b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"#EXTM3U\nfile:///etc/passwd"),
         png_of_zeros(640, 640)[:60],
         encoded(frames[0], "GIF"),
-        encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        *(encoded(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("WEBP", "PNG")),
     ):
         assert client.post("/v1/images", content=bad).status_code == 400, bad[:20]
     assert client.post("/v1/images", content=bytes(9 * 2**20)).status_code == 413

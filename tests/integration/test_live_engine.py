@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from live_viewer import GREEN, RED, Viewer, live_model, new_engine, until
+from live_viewer import GREEN, RED, Viewer, alone, live_model, new_engine, until
 
-from wan_autoregressive.server.chunk_files import encode_mp4
 from wan_autoregressive.server.limits import QueueFullError, UnknownSessionError
 from wan_autoregressive.server.live_video import LiveVideo
 from wan_autoregressive.server.messages import ChangePrompt, Fork, Pause, Resume
@@ -20,14 +19,6 @@ def engine(pipe, tmp_path):
     engine = new_engine(pipe, tmp_path / "state", slots=8)
     yield engine
     engine.shutdown()
-
-
-def alone(pipe, prompt: str, seed: int, count: int, changes: dict[int, str] | None = None) -> list[bytes]:
-    """The mp4s that a plain rollout gives, whose prompt changes before the chunks that are named."""
-    model = live_model(pipe)
-    rollout = model.start(prompt, seed)
-    chunks = [rollout.step(prompt=(changes or {}).get(index)) for index in range(count)]
-    return [encode_mp4(chunk.frames[0], model.fps, model.scale) for chunk in chunks]
 
 
 def test_eight_sessions_in_turns_are_each_as_alone(engine, pipe):
