@@ -19,9 +19,12 @@ from starlette.routing import Route, WebSocketRoute
 
 from wan_autoregressive.media.segments import join_segments
 from wan_autoregressive.media.video_writer import VideoWriteError
+from wan_autoregressive.server.bodies import TooLargeError, read_body
 from wan_autoregressive.server.engine import Engine
 from wan_autoregressive.server.guard import COOKIE, Door, Guard, error_response
 from wan_autoregressive.server.images import FORMATS, MAX_BYTES, ImageShelf, read_upload
+from wan_autoregressive.server.job_routes import job_routes
+from wan_autoregressive.server.jobs import VideoJobs
 from wan_autoregressive.server.limits import UnknownSessionError
 from wan_autoregressive.server.live_socket import LiveSocket
 from wan_autoregressive.server.messages import PROTOCOL
@@ -50,13 +53,14 @@ def build_app(engine: Engine, door: Door, idle_s: float = 120.0, page: bool = Tr
         idle_s: Seconds without a message after which a viewer with a slot has to leave it.
         page: Whether there is a page, or only the API.
     """
-    routes = _Routes(engine, door)
+    routes, jobs = _Routes(engine, door), VideoJobs(engine)
     socket = LiveSocket(engine, routes.shelf, idle_s)
     session = "/v1/sessions/{session:str}"
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        await asyncio.to_thread(jobs.close)
         await asyncio.to_thread(engine.shutdown)
 
     return Starlette(
@@ -72,6 +76,7 @@ def build_app(engine: Engine, door: Door, idle_s: float = 120.0, page: bool = Tr
             Route(session, routes.forget, methods=["DELETE"]),
             Route(session + "/chunks/{chunk:int}.{kind:str}", routes.chunk),
             Route(session + "/video.mp4", routes.video),
+            *job_routes(engine, jobs),
             *([Route("/", routes.page), Route("/{name:str}", routes.page_file)] if page else []),
         ],
     )
@@ -123,19 +128,13 @@ class _Routes:
         )
 
     async def upload(self, request: Request) -> Response:
-        """A picture as the raw body; its bytes are counted as they come."""
-        too_large = error_response(413, "too_large", f"a picture may have {MAX_BYTES >> 20} MB")
-        length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MAX_BYTES:
-            return too_large
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > MAX_BYTES:
-                return too_large
+        """A picture as the raw body."""
         model = self._engine.model
         try:
-            image = await asyncio.to_thread(read_upload, bytes(data), model.height, model.width)
+            data = await read_body(request, MAX_BYTES)
+            image = await asyncio.to_thread(read_upload, data, model.height, model.width)
+        except TooLargeError as error:
+            return error_response(413, "too_large", str(error))
         except ValueError as error:
             return error_response(400, "bad_image", str(error))
         key = secrets.token_urlsafe(16)

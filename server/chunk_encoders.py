@@ -57,8 +57,7 @@ class ChunkEncoders:
             try:
                 self._encode(session, made)
             except Exception as error:
-                if session.state != "gone":  # else its folder was removed meanwhile
-                    self._on_failure(session, error)
+                self._on_failure(session, error)
 
     def _encode(self, session: LiveSession, made: MadeChunk) -> None:
         started = time.perf_counter()

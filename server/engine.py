@@ -40,7 +40,7 @@ class Engine:
     """
 
     def __init__(self, model: LiveModel, folder: Path, limits: EngineLimits, cost_s: float = 0.5) -> None:
-        self.model, self.limits = model, limits
+        self.model, self.limits, self.folder = model, limits, folder
         self._cost_s = cost_s
         self._changed = threading.Condition(threading.RLock())
         self._figures = Figures()
@@ -185,6 +185,8 @@ class Engine:
     # From the model's and the encoders' threads.
 
     def _failed(self, session: LiveSession, error: Exception) -> None:
+        if session.state == "gone":  # it was forgotten meanwhile, and its folder with it
+            return
         logger.error("session failed", exc_info=error)
         self._figures.add({"failures": 1})
         with self._changed:

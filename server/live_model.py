@@ -80,6 +80,11 @@ class LiveModel:
             return 0
         return (config.first_chunk_frames or config.chunk_frames) + 2 * config.chunk_frames
 
+    @property
+    def size(self) -> str:
+        """Width and height of the video that is shown, `256x256`."""
+        return f"{self.width * self.scale}x{self.height * self.scale}"
+
     def num_chunks(self, latent_frames: int) -> int:
         """Chunks that hold so many latent frames, far from the start of a video."""
         return -(-latent_frames // self._config.chunk_frames)

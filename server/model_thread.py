@@ -59,6 +59,8 @@ class ModelThread:
                 self._serve(session)
             except Exception as error:
                 self._on_failure(session, error)
+            if session.state == "gone":  # forgotten meanwhile: what it wrote since
+                session.video.folder.remove()
 
     def _wait_for_work(self) -> LiveSession | None:
         """A session that is to be saved, else the one whose turn it is; None at the end."""
