@@ -63,7 +63,8 @@ class BoundedHTTP(H11Protocol):
 
     def _num_of_address(self) -> int:
         address = self.client and self.client[0]
-        return sum(other.client is not None and other.client[0] == address for other in self.connections)
+        others = [getattr(other, "client", None) for other in self.connections]
+        return sum(other is not None and other[0] == address for other in others)
 
 
 def bounded_http(most_per_address: int, header_s: float = HEADER_S, body_s: float = BODY_S) -> type[BoundedHTTP]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from PIL import Image
@@ -142,7 +142,7 @@ class _JobRoutes:
 async def _read_form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | None]:
     """Fields, and the file `input_reference`; a text of that name would be a path or an address, and is refused."""
 
-    async def stream() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     try:

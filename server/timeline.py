@@ -125,7 +125,7 @@ class Timeline:
                 gone.add(chunk)
         for branch, tip in self.tips.items():
             while tip in gone:
-                tip = self.chunks[tip].parent  # type: ignore[index]
+                tip = self.chunks[tip].parent
             self.tips[branch] = tip
         for chunk in gone & self.chunks.keys():
             del self.chunks[chunk]

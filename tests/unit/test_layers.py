@@ -10,10 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "wan_autoregressive"
-FOLDERS = ["cache", "configs", "media", "models", "pipelines", "schedulers", "scripts", "server"]
+FOLDERS = ["cache", "client", "configs", "media", "models", "pipelines", "schedulers", "scripts", "server"]
 
 # From the ground up; what stands in one tuple does not import each other.
-LAYERS = [("configs",), ("cache", "schedulers", "media"), ("models",), ("pipelines",), ("server",), ("scripts",)]
+LAYERS = [
+    ("configs",),
+    ("cache", "schedulers", "media"),
+    ("models",),
+    ("pipelines",),
+    ("server",),
+    ("client",),
+    ("scripts",),
+]
 PIPELINE_LAYERS = [
     *(("components",), ("denoiser",), ("samplers",), ("switching",), ("rollout",), ("session",)),
     ("pipeline_wan_autoregressive",),
