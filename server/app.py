@@ -29,6 +29,7 @@ from wan_autoregressive.server.limits import UnknownSessionError
 from wan_autoregressive.server.live_socket import LiveSocket
 from wan_autoregressive.server.messages import PROTOCOL
 from wan_autoregressive.server.metrics import metrics_text
+from wan_autoregressive.server.openapi import openapi_routes
 from wan_autoregressive.server.prompt_text import MAX_PROMPT_LENGTH
 from wan_autoregressive.server.timeline import Timeline
 
@@ -63,22 +64,23 @@ def build_app(engine: Engine, door: Door, idle_s: float = 120.0, page: bool = Tr
         await asyncio.to_thread(jobs.close)
         await asyncio.to_thread(engine.shutdown)
 
+    api = [
+        Route("/health", routes.health),
+        Route("/metrics", routes.metrics),
+        Route("/v1/model", routes.model),
+        Route("/v1/images", routes.upload, methods=["POST"]),
+        WebSocketRoute("/v1/live", socket.serve),
+        Route(session, routes.session),
+        Route(session, routes.forget, methods=["DELETE"]),
+        Route(session + "/chunks/{chunk:int}.{kind:str}", routes.chunk),
+        Route(session + "/video.mp4", routes.video),
+        *job_routes(engine, jobs),
+    ]
+    pages = [Route("/", routes.page), Route("/{name:str}", routes.page_file)] if page else []
     return Starlette(
         lifespan=lifespan,
         middleware=[Middleware(Guard, door=door)],
-        routes=[
-            Route("/health", routes.health),
-            Route("/metrics", routes.metrics),
-            Route("/v1/model", routes.model),
-            Route("/v1/images", routes.upload, methods=["POST"]),
-            WebSocketRoute("/v1/live", socket.serve),
-            Route(session, routes.session),
-            Route(session, routes.forget, methods=["DELETE"]),
-            Route(session + "/chunks/{chunk:int}.{kind:str}", routes.chunk),
-            Route(session + "/video.mp4", routes.video),
-            *job_routes(engine, jobs),
-            *([Route("/", routes.page), Route("/{name:str}", routes.page_file)] if page else []),
-        ],
+        routes=[*api, *openapi_routes(api), *pages],
     )
 
 
@@ -103,13 +105,16 @@ class _Routes:
         return _page_file(name) if name in _page_names() else error_response(404, "not_found", "there is no such page")
 
     async def health(self, request: Request) -> Response:
+        """Whether it runs, and how many sessions there are; needs no token."""
         figures = self._engine.figures()
         return JSONResponse({"status": "ok", **{name: figures[name] for name in ("active", "queued", "parked")}})
 
     async def metrics(self, request: Request) -> Response:
+        """Figures for Prometheus."""
         return PlainTextResponse(metrics_text(self._engine.figures()))
 
     async def model(self, request: Request) -> Response:
+        """Sizes, frames per second, limits."""
         model, limits = self._engine.model, self._engine.limits
         return JSONResponse(
             {
@@ -128,7 +133,7 @@ class _Routes:
         )
 
     async def upload(self, request: Request) -> Response:
-        """A picture as the raw body."""
+        """Take a picture (PNG, JPEG or WebP as the raw body) to start a video from; gives its id, to be used once."""
         model = self._engine.model
         try:
             data = await read_body(request, MAX_BYTES)
@@ -142,10 +147,12 @@ class _Routes:
         return JSONResponse({"id": key}, 201)
 
     async def session(self, request: Request) -> Response:
+        """The timeline of a session: chunks, branches, prompts, seeds."""
         values = await self._describe(request)
         return _no_session() if values is None else JSONResponse(values)
 
     async def forget(self, request: Request) -> Response:
+        """Forget a session and its files."""
         try:
             await asyncio.to_thread(self._engine.forget, request.path_params["session"])
         except UnknownSessionError:
@@ -153,6 +160,7 @@ class _Routes:
         return Response(status_code=204)
 
     async def chunk(self, request: Request) -> Response:
+        """A chunk (mp4, ranges allowed) or its thumbnail (webp)."""
         key, chunk, kind = (request.path_params[name] for name in ("session", "chunk", "kind"))
         values = await self._describe(request)
         if values is None or kind not in ("mp4", "webp"):

@@ -59,6 +59,7 @@ class _JobRoutes:
         self._engine, self._jobs = engine, jobs
 
     async def create(self, request: Request) -> Response:
+        """Line a video up; a form may hold the picture that it starts from, as the file `input_reference`."""
         try:
             wanted, picture = await self._read(request)
             image = None if picture is None else await asyncio.to_thread(self._image, picture)
@@ -74,12 +75,14 @@ class _JobRoutes:
         return JSONResponse(job.as_openai())
 
     async def retrieve(self, request: Request) -> Response:
+        """How far a video is."""
         try:
             return JSONResponse(self._jobs.get(request.path_params["id"]).as_openai())
         except KeyError:
             return _no_video()
 
     async def list(self, request: Request) -> Response:
+        """Videos, the newest first (`order`), `limit` of them, those that come `after` one."""
         query = request.query_params
         limit = query.get("limit", "20")
         if not limit.isdecimal() or not 1 <= int(limit) <= 100 or query.get("order", "desc") not in ("asc", "desc"):
@@ -95,6 +98,7 @@ class _JobRoutes:
         return JSONResponse({"object": "list", "data": page, "has_more": len(jobs) > len(page), **ends})
 
     async def delete(self, request: Request) -> Response:
+        """Forget a video; one that is being made ends."""
         key = request.path_params["id"]
         try:
             await asyncio.to_thread(self._jobs.delete, key)
@@ -103,6 +107,7 @@ class _JobRoutes:
         return JSONResponse({"id": key, "object": "video.deleted", "deleted": True})
 
     async def content(self, request: Request) -> Response:
+        """The mp4 of a video, or its thumbnail (`variant`)."""
         variant = request.query_params.get("variant", "video")
         if variant not in _KINDS:
             return error_response(400, "bad_request", f"variant is {' or '.join(_KINDS)}, got '{variant[:40]}'")
