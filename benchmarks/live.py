@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from benchmarks.live_process import ServerProcess
@@ -113,22 +114,22 @@ async def chunk_s_in_turns(link: str, model: LiveModel, blocks: int) -> tuple[li
 
 
 async def held_bytes(server: ServerProcess, sessions: int, chunks: int) -> float:
-    """Memory of one session more, each with its snapshots."""
+    """Memory of one session more with its snapshots, where there are two already."""
 
     async def fill(live: AsyncLiveClient, number: int) -> None:
         await live.start(RED, seed=number)
         for _ in range(chunks):
             await live.next_chunk()
 
-    before, clients = server.rss_bytes(), [AsyncLiveClient(server.link) for _ in range(sessions)]
-    for client in clients:
-        await client.__aenter__()
-    await asyncio.gather(*(fill(client, number) for number, client in enumerate(clients)))
-    held = (server.rss_bytes() - before) / sessions
-    for client in clients:
-        await client.forget()
-        await client.__aexit__()
-    return held
+    async with AsyncExitStack() as opened:
+        clients = [await opened.enter_async_context(AsyncLiveClient(server.link)) for _ in range(2 + sessions)]
+        await asyncio.gather(*(fill(client, number) for number, client in enumerate(clients[:2])))
+        before = server.rss_bytes()
+        await asyncio.gather(*(fill(client, number) for number, client in enumerate(clients[2:])))
+        held = (server.rss_bytes() - before) / sessions
+        for client in clients:
+            await client.forget()
+        return held
 
 
 async def come_and_go(link: str, sessions: int) -> None:
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         spread = f"{statistics.median(over):+.1f} % ({min(over):+.1f} to {max(over):+.1f})"
         rows.append(("server's overhead per chunk", spread))
         rows.append(("bytes of a second of video", f"{size / 1000:.0f} kB"))
-        held = asyncio.run(held_bytes(server, 4, 12))
+        held = asyncio.run(held_bytes(server, 3, 10))
         rows.append(("memory of a session", f"{held / 2**20:.0f} MiB"))
         before = server.rss_bytes()
         asyncio.run(come_and_go(link, args.visits))

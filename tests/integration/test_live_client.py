@@ -56,6 +56,7 @@ def test_a_video_with_a_change_and_a_fork(link, pipe, tmp_path):
             list(live)
 
 
+@pytest.mark.slow
 def test_many_at_once_with_asyncio(link, pipe, engine):
     async def watch(seed: int, count: int) -> list[bytes]:
         async with AsyncLiveClient(link) as live:

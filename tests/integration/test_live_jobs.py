@@ -101,6 +101,7 @@ def test_doors_and_other_bodies(server, client):
     assert httpx2.post(**post, content=bytes(9 * 2**20)).status_code == 413
 
 
+@pytest.mark.slow
 def test_a_job_takes_no_slot_and_yields_to_viewers(pipe, tmp_path):
     engine = new_engine(pipe, tmp_path / "state", slots=1)
     jobs = VideoJobs(engine)
@@ -113,6 +114,7 @@ def test_a_job_takes_no_slot_and_yields_to_viewers(pipe, tmp_path):
     engine.shutdown()
 
 
+@pytest.mark.slow
 def test_jobs_outlive_a_restart(pipe, tmp_path):
     """The one under way goes on, the others begin, and what is done stays."""
     engine = new_engine(pipe, tmp_path / "state")
@@ -138,6 +140,7 @@ def test_jobs_outlive_a_restart(pipe, tmp_path):
     engine.shutdown()
 
 
+@pytest.mark.slow
 def test_deleting_ends_what_is_under_way_and_a_bad_job_stops_no_other(pipe, tmp_path, monkeypatch):
     engine = new_engine(pipe, tmp_path / "state")
     jobs = VideoJobs(engine, most_waiting=3, most_kept=1)

@@ -36,6 +36,7 @@ def test_after_a_crash_a_video_goes_on_from_its_checkpoint_to_the_bit(pipe, tmp_
     engine.shutdown()
 
 
+@pytest.mark.slow
 def test_chunks_that_are_lost_are_left_out_with_what_follows_them(pipe, tmp_path):
     engine = new_engine(pipe, tmp_path / "state")
     viewer = Viewer(engine, prompt=RED, seed=9, ahead=1)
@@ -57,6 +58,7 @@ def test_chunks_that_are_lost_are_left_out_with_what_follows_them(pipe, tmp_path
     assert (made.frames == [plain.step() for _ in range(3)][-1].frames[0]).all()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_one_video_in_words(pipe, tmp_path, monkeypatch):
     engine = new_engine(pipe, tmp_path / "state", slots=2)
     bad, good = Viewer(engine, prompt=RED, seed=1, ahead=1), Viewer(engine, prompt=GREEN, seed=2, ahead=1)
@@ -115,6 +117,7 @@ def test_no_room_for_a_new_video(pipe, tmp_path, monkeypatch):
     engine.shutdown()
 
 
+@pytest.mark.slow
 def test_a_video_of_another_model_is_refused_and_kept(pipe, other_pipe, tmp_path):
     engine = new_engine(pipe, tmp_path / "state")
     viewer = Viewer(engine, prompt=RED, seed=1, ahead=1)
