@@ -14,6 +14,7 @@ from typing import Any, Self
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.prompts import Prompt
 from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.pipelines.snapshots import Snapshots
 from wan_autoregressive.pipelines.source_video import SourceEndedError
 
 
@@ -54,8 +55,8 @@ class RolloutSession:
             raise ValueError(f"max_ahead is {max_ahead} and snapshots {snapshots}; at least 1 and 0 are needed")
         self.branch = 0
         self._rollout = rollout
-        self._max_ahead, self._max_snapshots = max_ahead, snapshots
-        self._forks: dict[int, WanRollout] = {}
+        self._max_ahead = max_ahead
+        self._snapshots = Snapshots(rollout.chunks_done, snapshots)
         self._changed = threading.Condition()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._ready: deque[SessionChunk] = deque()
@@ -63,8 +64,7 @@ class RolloutSession:
         self._thread: threading.Thread | None = None
         self._paused = self._closed = self._ended = False
         self._error: BaseException | None = None
-        if rollout.source is None:
-            self._take_snapshot()
+        self._take_snapshot()
 
     # Commands, from any thread.
 
@@ -87,7 +87,7 @@ class RolloutSession:
 
     def fork(self, num_chunks: int | None = None) -> "Future[WanRollout]":
         """A rollout of its own that goes on from here, or from where the video had its first `num_chunks` chunks."""
-        return self._submit(lambda: (self._rollout if num_chunks is None else self._snapshot(num_chunks)).fork())
+        return self._submit(lambda: self._rollout.fork() if num_chunks is None else self._snapshot(num_chunks))
 
     def call(self, function: Callable[[WanRollout], Any]) -> "Future[Any]":
         """Run a function on the rollout at the next chunk boundary: `session.call(lambda r: r.save(folder))`."""
@@ -157,7 +157,7 @@ class RolloutSession:
     @property
     def snapshots(self) -> list[int]:
         """Boundaries, in chunks, that `seek` and `fork` can go back to."""
-        return sorted(self._forks)
+        return sorted(self._snapshots.places)
 
     @property
     def can_advance(self) -> bool:
@@ -195,8 +195,7 @@ class RolloutSession:
                     return worked
             try:
                 made = SessionChunk(self._rollout.step(), self.branch)
-                if self._rollout.source is None:
-                    self._take_snapshot()
+                self._take_snapshot()
             except SourceEndedError:
                 self._end(None)
             except BaseException as error:
@@ -257,12 +256,12 @@ class RolloutSession:
             self._changed.notify_all()
 
     def _seek(self, num_chunks: int, prompt: Prompt | None) -> int:
-        rollout = self._snapshot(num_chunks).fork()
+        rollout = self._snapshot(num_chunks)
         if prompt is not None:
             rollout.set_prompt(prompt)
         with self._changed:
             self._rollout = rollout
-            self._forks = {at: fork for at, fork in self._forks.items() if at <= num_chunks}
+            self._snapshots.drop(at for at in self._snapshots.places if at > num_chunks)
             self._ready = deque(made for made in self._ready if made.chunk.index < num_chunks)
             self.branch += 1
             self._error, self._ended = None, rollout.done
@@ -270,14 +269,11 @@ class RolloutSession:
             return self.branch
 
     def _snapshot(self, num_chunks: int) -> WanRollout:
-        if num_chunks not in self._forks:
+        if num_chunks not in self._snapshots:
             raise ValueError(f"there is no snapshot after {num_chunks} chunks; there are some after {self.snapshots}")
-        return self._forks[num_chunks]
+        return self._snapshots.fork(num_chunks)
 
     def _take_snapshot(self) -> None:
-        """Of the start, while it holds no keys and values yet, and of the newest boundaries."""
-        at = self._rollout.chunks_done
-        if self._max_snapshots or not self._forks:
-            self._forks[at] = self._rollout.fork()
-        for old in sorted(self._forks)[1 : len(self._forks) - self._max_snapshots]:
-            del self._forks[old]
+        """Unless the video is made from a source, which cannot be read twice."""
+        if self._rollout.source is None:
+            self._snapshots.keep(self._rollout.chunks_done, self._rollout)

@@ -144,7 +144,7 @@ def _read(
     file = {} if config is None else load_preset(config)
     flags = dict(settings or {})
     model = flags.get("model", file.get("model"))
-    resolved = resolve_config(_settings_of_model(str(model or DEMO), config), file, _as_layer(flags))
+    resolved = resolve_config(settings_of_model(str(model or DEMO), config), file, _as_layer(flags))
     files: list[Any] = [config if config is not None and is_settings_file(config) else None]
     files += [layer.get("prompt_changes") for layer in (file, flags)]
     files += [resolved.image, resolved.video, resolved.prompts]
@@ -166,7 +166,7 @@ def _read(
     )
 
 
-def _settings_of_model(model: str, config: str | None) -> dict[str, Any]:
+def settings_of_model(model: str, config: str | None) -> dict[str, Any]:
     """The defaults that come with a model: the demo makes small videos only, a published checkpoint has its preset."""
     if model == DEMO:
         return load_preset(DEMO)

@@ -9,10 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_autoregressive.configs import load_preset, preset_names, resolve_config
-from wan_autoregressive.demo import DEMO
 from wan_autoregressive.scripts.errors import print_note
 from wan_autoregressive.scripts.load_pipeline import check_model_folder, load_pipeline, model_folder
+from wan_autoregressive.scripts.serve_settings import add_settings, read_settings
 
 if TYPE_CHECKING:
     from wan_autoregressive.server.guard import Door
@@ -27,13 +26,6 @@ pip install 'wan-autoregressive[serve]'."""
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `serve` to the command's subparsers."""
     parser = subparsers.add_parser("serve", help="serve a page with live video", description=_DESCRIPTION)
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="DIR", help="checkpoint folder (default: the demo that comes along)")
-    model.add_argument(
-        "--config", metavar="NAME", help=f"settings of the videos: {', '.join(preset_names())}, or a yaml file"
-    )
-    model.add_argument("--device", help="auto, cpu, cuda, … (default: auto)")
-    model.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: auto)")
     place = parser.add_argument_group("address")
     place.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     place.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
@@ -47,7 +39,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     limits.add_argument("--idle", type=float, default=120.0, help="seconds until a silent viewer goes (default: 120)")
     limits.add_argument("--max-seconds", type=float, default=600.0, help="video of one session (default: 600)")
     limits.add_argument("--snapshots", type=int, default=8, help="places kept in memory to go back to (default: 8)")
+    text = "connections of one address; 0 for any number, behind a proxy say (default: 32)"
+    limits.add_argument("--per-address", type=int, default=32, metavar="COUNT", help=text)
     limits.add_argument("--state", type=Path, metavar="DIR", help="keep videos there, also after a restart")
+    text = "with --state: save running videos so often, for a crash; 0 only when a viewer leaves (default: 8)"
+    limits.add_argument("--checkpoint-every", type=int, default=8, metavar="CHUNKS", help=text)
+    add_settings(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,45 +56,39 @@ def run(args: argparse.Namespace) -> int:
     """
     _check(args)
     try:
-        import uvicorn
-
         from wan_autoregressive.server.app import build_app
-        from wan_autoregressive.server.engine import Engine, EngineLimits
+        from wan_autoregressive.server.engine import Engine
         from wan_autoregressive.server.guard import Door
-        from wan_autoregressive.server.messages import MAX_MESSAGE_BYTES
+        from wan_autoregressive.server.limits import EngineLimits
+        from wan_autoregressive.server.serving import web_server
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing; pip install 'wan-autoregressive[serve]'") from error
 
     door = Door(args.host, args.token, tuple(args.allow_host), tuple(args.allow_origin))
-    settings = uvicorn.Config(
-        "",
-        host=args.host,
-        port=args.port,
-        log_level="warning",
-        access_log=False,  # paths hold tokens
-        server_header=False,
-        limit_concurrency=200,
-        timeout_graceful_shutdown=5,
-        ws_max_size=MAX_MESSAGE_BYTES,
-        ws_per_message_deflate=False,
-    )
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(args.host, args.port))
         model = _load(args)
         chunk_s, step_s = model.measure()
         slots = args.slots or max(1, int(chunk_s / step_s))
         folder = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-ar-serve-")))
-        limits = EngineLimits(slots, args.queue, args.max_seconds, args.snapshots)
+        limits = EngineLimits(
+            slots=slots,
+            queue=args.queue,
+            max_seconds=args.max_seconds,
+            snapshots=args.snapshots,
+            checkpoint_every=args.checkpoint_every if args.state else 0,
+        )
         engine = Engine(model, folder, limits, cost_s=step_s)
-        settings.app = build_app(engine, door, args.idle, page=not args.no_page)
+        app = build_app(engine, door, args.idle, page=not args.no_page)
         print_note(f"a chunk of {chunk_s:.2f} s takes {step_s:.2f} s; viewers at a time: {slots}")
         print(_link(args.host, listening.getsockname()[1], door), flush=True)
-        uvicorn.Server(settings).run(sockets=[listening])
+        web_server(app, args.per_address).run(sockets=[listening])
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("slots", 1), ("queue", 0), ("idle", 1), ("max_seconds", 1), ("snapshots", 1), ("port", 0)):
+    least_of = {"slots": 1, "queue": 0, "idle": 1, "max_seconds": 1, "snapshots": 0, "port": 0}
+    for name, least in (least_of | {"per_address": 0, "checkpoint_every": 0}).items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value:g}")
@@ -110,13 +101,8 @@ def _check(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> LiveModel:
     from wan_autoregressive.server.live_model import LiveModel
 
-    flags = {name: getattr(args, name) for name in ("model", "device", "dtype") if getattr(args, name) is not None}
-    file = {} if args.config is None else load_preset(args.config)
-    demo = str(flags.get("model", file.get("model")) or DEMO) == DEMO
-    config = resolve_config(load_preset(DEMO) if demo else {}, file, flags)
+    config = read_settings(args)
     check_model_folder(model_folder(config))
-    if config.rollout.window_frames is None:
-        raise ValueError("a live video has no end; set window_frames in --config")
     pipe = load_pipeline(config)
     return LiveModel(pipe, config.rollout_settings(), config.fps, config.scale, model_folder(config).name)
 

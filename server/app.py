@@ -19,12 +19,18 @@ from starlette.routing import Route, WebSocketRoute
 
 from wan_autoregressive.media.segments import join_segments
 from wan_autoregressive.media.video_writer import VideoWriteError
-from wan_autoregressive.server.engine import Engine, UnknownSessionError
+from wan_autoregressive.server.bodies import TooLargeError, read_body
+from wan_autoregressive.server.engine import Engine
 from wan_autoregressive.server.guard import COOKIE, Door, Guard, error_response
 from wan_autoregressive.server.images import FORMATS, MAX_BYTES, ImageShelf, read_upload
+from wan_autoregressive.server.job_routes import job_routes
+from wan_autoregressive.server.jobs import VideoJobs
+from wan_autoregressive.server.limits import UnknownSessionError
 from wan_autoregressive.server.live_socket import LiveSocket
-from wan_autoregressive.server.messages import MAX_PROMPT_LENGTH, PROTOCOL
+from wan_autoregressive.server.messages import PROTOCOL
 from wan_autoregressive.server.metrics import metrics_text
+from wan_autoregressive.server.openapi import openapi_routes
+from wan_autoregressive.server.prompt_text import MAX_PROMPT_LENGTH
 from wan_autoregressive.server.timeline import Timeline
 
 _PAGE = files("wan_autoregressive.server.page")
@@ -48,30 +54,33 @@ def build_app(engine: Engine, door: Door, idle_s: float = 120.0, page: bool = Tr
         idle_s: Seconds without a message after which a viewer with a slot has to leave it.
         page: Whether there is a page, or only the API.
     """
-    routes = _Routes(engine, door)
+    routes, jobs = _Routes(engine, door), VideoJobs(engine)
     socket = LiveSocket(engine, routes.shelf, idle_s)
     session = "/v1/sessions/{session:str}"
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        await asyncio.to_thread(jobs.close)
         await asyncio.to_thread(engine.shutdown)
 
+    api = [
+        Route("/health", routes.health),
+        Route("/metrics", routes.metrics),
+        Route("/v1/model", routes.model),
+        Route("/v1/images", routes.upload, methods=["POST"]),
+        WebSocketRoute("/v1/live", socket.serve),
+        Route(session, routes.session),
+        Route(session, routes.forget, methods=["DELETE"]),
+        Route(session + "/chunks/{chunk:int}.{kind:str}", routes.chunk),
+        Route(session + "/video.mp4", routes.video),
+        *job_routes(engine, jobs),
+    ]
+    pages = [Route("/", routes.page), Route("/{name:str}", routes.page_file)] if page else []
     return Starlette(
         lifespan=lifespan,
         middleware=[Middleware(Guard, door=door)],
-        routes=[
-            Route("/health", routes.health),
-            Route("/metrics", routes.metrics),
-            Route("/v1/model", routes.model),
-            Route("/v1/images", routes.upload, methods=["POST"]),
-            WebSocketRoute("/v1/live", socket.serve),
-            Route(session, routes.session),
-            Route(session, routes.forget, methods=["DELETE"]),
-            Route(session + "/chunks/{chunk:int}.{kind:str}", routes.chunk),
-            Route(session + "/video.mp4", routes.video),
-            *([Route("/", routes.page), Route("/{name:str}", routes.page_file)] if page else []),
-        ],
+        routes=[*api, *openapi_routes(api), *pages],
     )
 
 
@@ -96,13 +105,16 @@ class _Routes:
         return _page_file(name) if name in _page_names() else error_response(404, "not_found", "there is no such page")
 
     async def health(self, request: Request) -> Response:
+        """Whether it runs, and how many sessions there are; needs no token."""
         figures = self._engine.figures()
         return JSONResponse({"status": "ok", **{name: figures[name] for name in ("active", "queued", "parked")}})
 
     async def metrics(self, request: Request) -> Response:
+        """Figures for Prometheus."""
         return PlainTextResponse(metrics_text(self._engine.figures()))
 
     async def model(self, request: Request) -> Response:
+        """Sizes, frames per second, limits."""
         model, limits = self._engine.model, self._engine.limits
         return JSONResponse(
             {
@@ -114,25 +126,20 @@ class _Routes:
                 "slots": limits.slots,
                 "max_seconds": limits.max_seconds,
                 "max_prompt_length": MAX_PROMPT_LENGTH,
+                "max_prompt_tokens": model.most_tokens,
                 "max_image_bytes": MAX_BYTES,
                 "image_formats": FORMATS,
             }
         )
 
     async def upload(self, request: Request) -> Response:
-        """A picture as the raw body; its bytes are counted as they come."""
-        too_large = error_response(413, "too_large", f"a picture may have {MAX_BYTES >> 20} MB")
-        length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MAX_BYTES:
-            return too_large
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > MAX_BYTES:
-                return too_large
+        """Take a picture (PNG, JPEG or WebP as the raw body) to start a video from; gives its id, to be used once."""
         model = self._engine.model
         try:
-            image = await asyncio.to_thread(read_upload, bytes(data), model.height, model.width)
+            data = await read_body(request, MAX_BYTES)
+            image = await asyncio.to_thread(read_upload, data, model.height, model.width)
+        except TooLargeError as error:
+            return error_response(413, "too_large", str(error))
         except ValueError as error:
             return error_response(400, "bad_image", str(error))
         key = secrets.token_urlsafe(16)
@@ -140,10 +147,12 @@ class _Routes:
         return JSONResponse({"id": key}, 201)
 
     async def session(self, request: Request) -> Response:
+        """The timeline of a session: chunks, branches, prompts, seeds."""
         values = await self._describe(request)
         return _no_session() if values is None else JSONResponse(values)
 
     async def forget(self, request: Request) -> Response:
+        """Forget a session and its files."""
         try:
             await asyncio.to_thread(self._engine.forget, request.path_params["session"])
         except UnknownSessionError:
@@ -151,6 +160,7 @@ class _Routes:
         return Response(status_code=204)
 
     async def chunk(self, request: Request) -> Response:
+        """A chunk (mp4, ranges allowed) or its thumbnail (webp)."""
         key, chunk, kind = (request.path_params[name] for name in ("session", "chunk", "kind"))
         values = await self._describe(request)
         if values is None or kind not in ("mp4", "webp"):

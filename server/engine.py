@@ -1,4 +1,4 @@
-"""One model and many viewers: a thread that makes the chunk of whoever runs dry next. Knows no sockets.
+"""One model and many viewers: who comes in, what they ask for, and what is kept. Knows no sockets.
 
 Sessions share weights and nothing else. Slots bound how many are watched at the same time, since fairness alone makes
 everybody stall where the model is too slow for all; the others wait in a queue and are told their place. A viewer who
@@ -9,68 +9,30 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shutil
 import threading
-import time
-from collections import OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from wan_autoregressive.server.chunk_files import codec_of, encode_mp4, encode_thumbnail
+from wan_autoregressive.server.chunk_encoders import ChunkEncoders
+from wan_autoregressive.server.figures import Figures
+from wan_autoregressive.server.limits import EngineLimits, UnknownSessionError
 from wan_autoregressive.server.live_model import LiveModel
-from wan_autoregressive.server.live_session import Emit, LiveSession, cut_point, nobody
-from wan_autoregressive.server.live_video import LiveVideo, MadeChunk, read_description, remove_chunk
-from wan_autoregressive.server.messages import (
-    ChangePrompt,
-    ChunkReady,
-    Command,
-    Cut,
-    Error,
-    Fork,
-    Pause,
-    Played,
-    Queued,
-    Resume,
-    Start,
-    Started,
-)
+from wan_autoregressive.server.live_session import Emit, LiveSession, nobody
+from wan_autoregressive.server.live_video import LiveVideo
+from wan_autoregressive.server.messages import ChangePrompt, Command, Error, Fork, Pause, Played, Resume, Start
+from wan_autoregressive.server.model_thread import ModelThread, save
+from wan_autoregressive.server.parked_videos import ParkedVideos
+from wan_autoregressive.server.seats import Seats
 
 logger = logging.getLogger(__name__)
 
-_ID_BYTES = 16  # 22 characters; whoever knows a session's id may see it
-_ENCODERS = 2
-
-
-class QueueFullError(RuntimeError):
-    """There is no place left, not even to wait in."""
-
-
-class UnknownSessionError(ValueError):
-    """There is no session of that name."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """How much may go on."""
-
-    slots: int = 1
-    """Sessions that are served at the same time."""
-    queue: int = 8
-    """Sessions that may wait."""
-    max_seconds: float = 600.0
-    """Video of one session, all branches together."""
-    snapshots: int = 8
-    """Places of a video, beside its start, that are held in memory to go back to at once."""
-    parked: int = 64
-    """Videos without a viewer that are kept on the disk."""
+_ID_BYTES = 16
 
 
 class Engine:
-    """Makes the chunks of all sessions on one thread, and encodes them on others.
+    """Makes the chunks of all sessions on one thread, and encodes them on others. Its methods are for any thread.
 
     Args:
         folder: Where the sessions are; what an earlier engine saved there can be gone on with.
@@ -78,51 +40,56 @@ class Engine:
     """
 
     def __init__(self, model: LiveModel, folder: Path, limits: EngineLimits, cost_s: float = 0.5) -> None:
-        self.model, self.limits = model, limits
-        self._folder, self._cost_s = folder, cost_s
-        self._active: dict[str, LiveSession] = {}
-        self._waiting: deque[LiveSession] = deque()
-        self._parking: dict[str, LiveSession] = {}
-        self._parked: OrderedDict[str, Path] = OrderedDict()
+        self.model, self.limits, self.folder = model, limits, folder
+        self._cost_s = cost_s
         self._changed = threading.Condition(threading.RLock())
-        self._stopped = False
-        self._figures = {"steps": 0, "repeated": 0, "step_s": 0.0, "encode_s": 0.0, "bytes": 0, "failures": 0}
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._find_parked()
-        self._encoders = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="wan-encode")
-        self._thread = threading.Thread(target=self._run, name="wan-model", daemon=True)
-        self._thread.start()
+        self._figures = Figures()
+        self._seats = Seats(limits)
+        self._parked = ParkedVideos(folder, limits.parked)
+        self._encoders = ChunkEncoders(model, self._changed, self._figures, self._failed)
+        self._thread = ModelThread(
+            *(self._changed, self._seats, self._encoders, self._figures, limits, model.fps),
+            on_failure=self._failed,
+            on_left=self._left,
+        )
 
-    # For the server, from any thread.
-
-    def open(self, start: Start, emit: Emit, image: Image.Image | None = None) -> LiveSession:
+    def open(
+        self, start: Start, emit: Emit, image: Image.Image | None = None, stop_frame: int | None = None
+    ) -> LiveSession:
         """A new session, or one to go on with; it is told whether it has a slot or waits.
 
+        Args:
+            stop_frame: Make a video of so many pixel frames in the background, without a slot.
+
         Raises:
-            QueueFullError, UnknownSessionError
-            ValueError: there is neither a prompt nor a session to go on with.
+            QueueFullError, UnknownSessionError, PromptError
+            ValueError: there is neither a prompt nor a session to go on with, or that is damaged.
+            OSError: there is no room on the disk.
         """
+        if start.prompt is not None:
+            self.model.check_prompt(start.prompt)
         with self._changed:
-            if start.resume is not None:
-                running = self._active.get(start.resume) or self._find_waiting(start.resume)
-                if running is not None:
-                    running.fail("taken_over", "this video goes on in another window")
-                    running.attach(emit, start.ahead)
-                    self._tell(running)
-                    return running
-            if len(self._active) >= self.limits.slots and len(self._waiting) >= self.limits.queue:
-                raise QueueFullError(f"all {self.limits.slots} slots are taken and {self.limits.queue} viewers wait")
-            session = self._new(start, emit, image) if start.resume is None else self._take_up(start.resume)
+            session = None if start.resume is None else self._seats.find(start.resume)
+            if session is not None:
+                session.fail("taken_over", "this video goes on in another window")
+                session.attach(emit, start.ahead)
+                self._seats.tell(session)
+                return session
+            if stop_frame is None:
+                self._seats.check_room()
+            if start.resume is None:
+                session = self._new(start, image, stop_frame)
+            else:
+                session = self._take_up(start.resume, stop_frame)
             session.attach(emit, start.ahead)
-            session.state = "waiting"
-            self._waiting.append(session)
-            self._admit()
-            if session.state == "waiting":
-                self._tell(session)
+            self._seats.take(session)
+            self._changed.notify_all()
             return session
 
     def command(self, session: LiveSession, command: Command) -> None:
-        """What a viewer asks for. What changes the video happens between two steps."""
+        """What a viewer asks for. What changes the video happens between two steps. Raises `PromptError`."""
+        if isinstance(command, ChangePrompt | Fork) and command.prompt is not None:
+            self.model.check_prompt(command.prompt)
         with self._changed:
             if isinstance(command, Pause | Resume):
                 session.paused = isinstance(command, Pause)
@@ -135,7 +102,7 @@ class Engine:
     def sent(self, session: LiveSession) -> None:
         """The socket took a chunk."""
         with self._changed:
-            session.unsent = max(0, session.unsent - 1)
+            session.was_sent()
             self._changed.notify_all()
 
     def leave(self, session: LiveSession, emit: Emit) -> None:
@@ -147,274 +114,92 @@ class Engine:
     def forget(self, key: str) -> None:
         """End a session and remove its files. Raises `UnknownSessionError`."""
         with self._changed:
-            session = self._active.pop(key, None) or self._find_waiting(key) or self._parking.pop(key, None)
-            if session is None and key not in self._parked:
-                raise UnknownSessionError(f"there is no session '{key}'")
+            session = self._find(key)
             if session is not None:
-                if session.state == "waiting":
-                    self._waiting.remove(session)
-                session.state, session.emit = "gone", nobody
-            self._parked.pop(key, None)
-            self._admit()
-        shutil.rmtree(self._folder / key, ignore_errors=True)
+                session.emit = nobody
+                self._seats.remove(session)
+            self._parked.remove(key)
+            self._changed.notify_all()
+        self._parked.folder(key).remove()
 
     def describe(self, key: str) -> dict[str, Any]:
         """The timeline of a session. Raises `UnknownSessionError`."""
         with self._changed:
-            session = self._active.get(key) or self._find_waiting(key) or self._parking.get(key)
-            if session is None and key not in self._parked:
-                raise UnknownSessionError(f"there is no session '{key}'")
-        values = read_description(self._folder / key) if session is None else session.video.describe()
+            session = self._find(key)
+        values = self._parked.folder(key).read_description() if session is None else session.video.describe()
         return {"session": key, "model": self.model.name, **values}
 
     def chunk_path(self, key: str, chunk: int, kind: str) -> Path:
         """The mp4 or webp of a chunk, which may not be there (yet)."""
-        return self._folder / key / "chunks" / f"{chunk}.{kind}"
+        return self._parked.folder(key).chunk_path(chunk, kind)
 
     def figures(self) -> dict[str, float]:
         """Counts and seconds since the start, and who is there now."""
         with self._changed:
-            now = {"active": len(self._active), "queued": len(self._waiting), "parked": len(self._parked)}
-            return {**self._figures, **now}
+            now = {
+                "active": self._seats.num_watched,
+                "queued": len(self._seats.waiting),
+                "leaving": len(self._seats.leaving),
+                "parked": len(self._parked),
+            }
+        return {**self._figures.as_dict(), **now}
 
     def shutdown(self) -> int:
         """End after the step under way and save all videos; gives how many."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        self._thread.join()
-        self._encoders.shutdown(wait=True)
-        left = [*self._active.values(), *self._waiting, *self._parking.values()]
-        return sum(self._save(session) for session in left)
+        self._thread.stop()
+        self._encoders.close()
+        return sum(save(session) for session in self._seats.all())
 
-    # Who is where; under the lock.
+    # Under the lock.
 
-    def _new(self, start: Start, emit: Emit, image: Image.Image | None) -> LiveSession:
+    def _new(self, start: Start, image: Image.Image | None, stop_frame: int | None) -> LiveSession:
         if start.prompt is None:
             raise ValueError("a new video needs a prompt")
         key = secrets.token_urlsafe(_ID_BYTES)
         seed = secrets.randbelow(2**32) if start.seed is None else start.seed
-        video = LiveVideo(self.model, self._folder / key, start.prompt, seed, image, self.limits.snapshots)
-        return LiveSession(key, video, emit, start.ahead, self._cost_s)
+        folder = self._parked.folder(key).path
+        video = LiveVideo(self.model, folder, start.prompt, seed, image, self.limits.snapshots, stop_frame)
+        return LiveSession(key, video, self._cost_s)
 
-    def _take_up(self, key: str) -> LiveSession:
-        if (session := self._parking.pop(key, None)) is not None:
+    def _take_up(self, key: str, stop_frame: int | None) -> LiveSession:
+        session = self._find(key)
+        if session is not None:  # it is on its way to the disk
+            self._seats.remove(session)
             return session
-        if key not in self._parked:
+        video = LiveVideo.load(self.model, self._parked.folder(key).path, self.limits.snapshots, stop_frame)
+        self._parked.remove(key)
+        return LiveSession(key, video, self._cost_s)
+
+    def _find(self, key: str) -> LiveSession | None:
+        """A session in memory; None for one on the disk. Raises `UnknownSessionError`."""
+        session = self._seats.find(key) or self._seats.leaving.get(key)
+        if session is None and key not in self._parked:
             raise UnknownSessionError(f"there is no session '{key}'; it may have been the oldest of too many")
-        video = LiveVideo.load(self.model, self._parked[key], self.limits.snapshots)
-        del self._parked[key]
-        return LiveSession(key, video, nobody, 1, self._cost_s)
-
-    def _find_waiting(self, key: str) -> LiveSession | None:
-        return next((session for session in self._waiting if session.id == key), None)
-
-    def _find_parked(self) -> None:
-        """Sessions that an earlier engine saved, by age; only under names that this class gives."""
-        saved = [path for path in self._folder.iterdir() if len(path.name) == 22 and (path / "session.json").is_file()]
-        for path in sorted(saved, key=lambda path: (path / "session.json").stat().st_mtime):
-            self._parked[path.name] = path
-
-    def _admit(self) -> None:
-        before = len(self._waiting)
-        while self._waiting and len(self._active) < self.limits.slots:
-            session = self._waiting.popleft()
-            session.state, session.served = "active", time.monotonic()
-            self._active[session.id] = session
-            self._tell(session)
-        if len(self._waiting) != before:
-            for session in self._waiting:
-                self._tell(session)
-        self._changed.notify_all()
-
-    def _tell(self, session: LiveSession) -> None:
-        if session.state == "waiting":
-            session.emit(Queued(position=self._waiting.index(session) + 1), None)
-            return
-        with session.video.lock:
-            timeline = session.video.timeline
-            branch, count = timeline.branch, len(timeline.chunks)
-        session.emit(Started(session=session.id, branch=branch, seed=session.video.seed, num_chunks=count), None)
+        return session
 
     def _part(self, session: LiveSession) -> None:
         session.emit = nobody
-        if session.state not in ("active", "waiting"):
-            return
-        if session.state == "waiting":
-            self._waiting.remove(session)
-            for other in self._waiting:
-                self._tell(other)
-        else:
-            del self._active[session.id]
-        session.state = "parking"
-        self._parking[session.id] = session
-        self._admit()
+        self._seats.leave(session)
+        self._changed.notify_all()
 
-    # The model's thread.
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._stopped and not self._parking and (session := self._next()) is None:
-                    self._changed.wait()
-                if self._stopped:
-                    return
-                leaving = next(iter(self._parking.values()), None)
-            if leaving is not None:
-                self._park(leaving)
-                continue
-            assert session is not None
-            try:
-                self._serve(session)
-            except Exception as error:
-                self._failed(session, error)
-
-    def _next(self) -> LiveSession | None:
-        ready = [session for session in self._active.values() if session.commands or session.wants_chunk]
-        return min(ready, key=lambda session: session.urgency, default=None)
-
-    def _serve(self, session: LiveSession) -> None:
-        with self._changed:
-            commands = list(session.commands)
-            session.commands.clear()
-            session.served = time.monotonic()
-        for command in commands:
-            self._obey(session, command)
-        if session.video.timeline.total_frames >= self.limits.max_seconds * self.model.fps:
-            if not session.told_of_limit:
-                session.told_of_limit = True
-                session.fail("limit", f"a session may have {self.limits.max_seconds:g} s of video, branches included")
-            return
-        if session.state != "active" or not session.wants_chunk:
-            return
-        started = time.perf_counter()
-        made = session.video.advance()
-        took = time.perf_counter() - started
-        with self._changed:
-            self._figures["step_s"] += took
-            self._figures["steps" if made else "repeated"] += 1
-            if made is None:
-                return
-            session.made = made.entry.index
-            session.unsent += 1
-            session.to_encode.append(made)
-            begin, session.encoding = not session.encoding, True
-        if begin:
-            self._encoders.submit(self._encode_all, session)
-
-    def _obey(self, session: LiveSession, command: ChangePrompt | Fork) -> None:
-        video = session.video
-        dropped: list[int] = []
-        if isinstance(command, ChangePrompt):
-            frame = None
-            if command.playhead is not None:
-                frame = (command.playhead + session.cost_s) * self.model.fps
-            after = cut_point(video.timeline.branch_path(), session.played, frame)
-            dropped = video.change_prompt(command.prompt, after)
-        else:
-            after = command.chunk
-            try:
-                video.fork(after, command.prompt, command.seed)
-            except KeyError:
-                session.fail("no_such_chunk", f"there is no chunk {after} in this session")
-                return
-        with self._changed:
-            path = video.timeline.branch_path()
-            session.stand_after(path)
-            if isinstance(command, Fork):
-                session.played = session.made
-            session.told_of_limit = False
-            session.emit(
-                Cut(
-                    branch=video.timeline.branch,
-                    after=after,
-                    frame=path[-1].stop_frame if path else 0,
-                    dropped=dropped,
-                    prompt=video.prompt,
-                    repeating=video.num_to_repeat,
-                ),
-                None,
-            )
+    # From the model's and the encoders' threads.
 
     def _failed(self, session: LiveSession, error: Exception) -> None:
+        if session.state == "gone":  # it was forgotten meanwhile, and its folder with it
+            return
         logger.error("session failed", exc_info=error)
+        self._figures.add({"failures": 1})
         with self._changed:
-            self._figures["failures"] += 1
             session.emit(Error(code="failed", message=f"the video cannot go on: {error}"), None)
             self._part(session)
 
-    def _park(self, session: LiveSession) -> None:
-        saved = self._save(session)
+    def _left(self, session: LiveSession, is_saved: bool) -> None:
         with self._changed:
-            if self._parking.get(session.id) is not session:  # taken up again meanwhile, or forgotten
+            if self._seats.leaving.get(session.id) is not session:  # taken up again meanwhile, or forgotten
                 return
-            del self._parking[session.id]
-            session.state = "gone"
-            if saved:
-                self._parked[session.id] = session.video.folder
-            oldest = []
-            while len(self._parked) > self.limits.parked:
-                oldest.append(self._parked.popitem(last=False)[1])
-        for folder in oldest:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _save(self, session: LiveSession) -> bool:
-        """Whether there is something to go on with, and it could be saved."""
-        try:
-            if session.video.timeline.chunks:
-                session.video.save()
-                return True
-            shutil.rmtree(session.video.folder, ignore_errors=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            logger.error("a session could not be saved", exc_info=error)
-        return False
-
-    # The encoders' threads: several over all sessions, one at a time for a session, since their order counts.
-
-    def _encode_all(self, session: LiveSession) -> None:
-        while True:
-            with self._changed:
-                if not session.to_encode:
-                    session.encoding = False
-                    return
-                made = session.to_encode.popleft()
-            try:
-                self._encode(session, made)
-            except Exception as error:
-                if session.state != "gone":
-                    self._failed(session, error)
-
-    def _encode(self, session: LiveSession, made: MadeChunk) -> None:
-        started = time.perf_counter()
-        entry, folder = made.entry, session.video.chunk_folder
-        body = encode_mp4(made.frames, self.model.fps, self.model.scale)
-        (folder / f"{entry.id}.mp4").write_bytes(body)
-        (folder / f"{entry.id}.webp").write_bytes(encode_thumbnail(made.frames[0]))
-        took = time.perf_counter() - started
-        timings = {name: round(seconds, 4) for name, seconds in made.chunk.timings.as_dict().items()}
-        step_s = sum(timings.values())
-        message = ChunkReady(
-            session=session.id,
-            chunk=entry.id,
-            parent=entry.parent,
-            branch=entry.branch,
-            index=entry.index,
-            start_frame=entry.start_frame,
-            frames=entry.frames,
-            prompt=entry.prompt,
-            codec=codec_of(body),
-            step_s=round(step_s, 4),
-            encode_s=round(took, 4),
-            timings=timings,
-        )
-        with self._changed:
-            self._figures["encode_s"] += took
-            self._figures["bytes"] += len(body)
-            session.measured(step_s + took)
-        with session.video.lock:  # so that no chunk follows the cut that drops it
-            kept = entry.id in session.video.timeline.chunks
-            if kept:
-                session.emit(message, body)
-        if not kept:
-            remove_chunk(folder, entry.id)
-            self.sent(session)
+            self._seats.remove(session)
+            too_many = self._parked.put(session.id) if is_saved else []
+        if not is_saved and not session.video.timeline.chunks:
+            session.video.folder.remove()
+        for folder in too_many:
+            folder.remove()

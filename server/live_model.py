@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from wan_autoregressive.configs.registry import SAMPLERS
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.server.limits import PromptError
 
 _WARM_UP_STEPS = 3
 _OWN_SETTINGS = ("num_frames", "output_type", "strength")
@@ -34,6 +39,12 @@ class LiveModel:
     fps: float = 16.0
     scale: int = 1
     name: str = ""
+    _tokenizer: Any = field(init=False, repr=False)
+    _tokenizing: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # Its own: tokenizers hold state while they work, and the pipeline's is used by the model's thread.
+        object.__setattr__(self, "_tokenizer", copy.deepcopy(self.pipe.tokenizer))
 
     @property
     def height(self) -> int:
@@ -44,12 +55,52 @@ class LiveModel:
     def width(self) -> int:
         return int(self.settings["width"])
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt; the text encoder would see no more."""
+        return self._config.max_sequence_length
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise `PromptError` for one whose end would be cut off. From any thread."""
+        with self._tokenizing:
+            count = len(self._tokenizer(prompt).input_ids)
+        if count > self.most_tokens:
+            raise PromptError(f"the prompt has {count} tokens, the model takes {self.most_tokens}; make it shorter")
+
     def start(self, prompt: str, seed: int, image: Any = None) -> WanRollout:
         """Begin an endless video."""
-        settings = {name: value for name, value in self.settings.items() if name not in _OWN_SETTINGS}
         given = {} if image is None else {"image": image}
         generator = torch.Generator().manual_seed(seed)
-        return self.pipe.rollout(prompt, generator=generator, output_type="uint8", **given, **settings)
+        return self.pipe.rollout(prompt, generator=generator, **given, **self._rollout_settings())
+
+    @property
+    def run_up_frames(self) -> int:
+        """Latent frames that `start_behind` takes, which fill three chunks; 0 where the sampler cannot do that."""
+        config = self._config
+        if not SAMPLERS.load(config.sampler).denoises_by_chunk:
+            return 0
+        return (config.first_chunk_frames or config.chunk_frames) + 2 * config.chunk_frames
+
+    @property
+    def size(self) -> str:
+        """Width and height of the video that is shown, `256x256`."""
+        return f"{self.width * self.scale}x{self.height * self.scale}"
+
+    def num_chunks(self, latent_frames: int) -> int:
+        """Chunks that hold so many latent frames, far from the start of a video."""
+        return -(-latent_frames // self._config.chunk_frames)
+
+    def start_behind(self, latents: torch.Tensor, noise: torch.Tensor, prompt: str) -> WanRollout:
+        """Begin a video with given latents that goes on nearly as theirs did; they are its first chunks.
+
+        Args:
+            latents: `(1, channels, run_up_frames, height, width)`.
+            noise: State of the generator.
+        """
+        generator = torch.Generator()
+        generator.set_state(noise)
+        settings = self._rollout_settings()
+        return self.pipe.rollout(prompt, generator=generator, video_latents=latents.to(self.pipe.device), **settings)
 
     def resume(self, folder: Path) -> WanRollout:
         """Go on with a saved one; `ValueError` if it was made by another model."""
@@ -66,3 +117,11 @@ class LiveModel:
             frames = rollout.step().frames.shape[1]
             took = time.perf_counter() - started
         return frames / self.fps, took
+
+    @property
+    def _config(self) -> RolloutConfig:
+        return RolloutConfig(**self._rollout_settings())
+
+    def _rollout_settings(self) -> dict[str, Any]:
+        own = {name: value for name, value in self.settings.items() if name not in _OWN_SETTINGS}
+        return {**own, "output_type": "uint8"}

@@ -29,13 +29,17 @@ class LiveSession:
         cost_s: Seconds from a command to a chunk on its way, until some have been measured.
     """
 
-    def __init__(self, key: str, video: LiveVideo, emit: Emit, ahead: int, cost_s: float) -> None:
-        self.id, self.video, self.emit, self.ahead, self.cost_s = key, video, emit, ahead, cost_s
-        self.state: Literal["waiting", "active", "parking", "gone"] = "waiting"
+    def __init__(self, key: str, video: LiveVideo, cost_s: float) -> None:
+        self.id, self.video, self.cost_s = key, video, cost_s
+        self.emit: Emit = nobody
+        self.ahead = 1
+        self.state: Literal["waiting", "active", "leaving", "gone"] = "waiting"
         self.commands: deque[ChangePrompt | Fork] = deque(maxlen=_MOST_COMMANDS)
         self.to_encode: deque[MadeChunk] = deque()
         self.encoding = False
         self.paused = self.told_of_limit = False
+        self.unsaved = 0
+        """Chunks since the last checkpoint."""
         self.unsent = 0
         """Chunks that no socket has taken yet."""
         self.made = self.played = len(video.timeline.branch_path()) - 1
@@ -50,12 +54,18 @@ class LiveSession:
     @property
     def wants_chunk(self) -> bool:
         """Whether there is room for one: neither far ahead of the viewer nor of what the socket takes."""
-        return not self.paused and self.lead < self.ahead and self.unsent < self.ahead and not self.told_of_limit
+        has_room = self.lead < self.ahead and self.unsent < self.ahead
+        return has_room and not (self.paused or self.told_of_limit or self.video.is_complete)
 
     @property
-    def urgency(self) -> tuple[int, float]:
+    def in_background(self) -> bool:
+        """Whether nobody watches while it is made: it takes no slot, and its turn is last."""
+        return self.video.stop_frame is not None
+
+    @property
+    def urgency(self) -> tuple[bool, int, float]:
         """Least first: who runs dry next, and whoever waited longest. A command is worth an empty buffer."""
-        return (0 if self.commands else self.lead, self.served)
+        return (self.in_background, 0 if self.commands else self.lead, self.served)
 
     def attach(self, emit: Emit, ahead: int) -> None:
         """A viewer comes who has, or can fetch, all that is made."""
@@ -67,6 +77,10 @@ class LiveSession:
         if isinstance(command, ChangePrompt) and self.commands and isinstance(self.commands[-1], ChangePrompt):
             self.commands.pop()
         self.commands.append(command)
+
+    def was_sent(self) -> None:
+        """A chunk is off, or never will be."""
+        self.unsent = max(0, self.unsent - 1)
 
     def mark_played(self, chunk: int) -> None:
         """The viewer says so; what is not part of the present video counts for nothing."""

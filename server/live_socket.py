@@ -7,9 +7,11 @@ from contextlib import suppress
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from wan_autoregressive.server.engine import Engine, QueueFullError
+from wan_autoregressive.server.engine import Engine
 from wan_autoregressive.server.images import ImageShelf
+from wan_autoregressive.server.limits import PromptError, QueueFullError
 from wan_autoregressive.server.live_session import LiveSession
+from wan_autoregressive.server.message_rate import MessageRate
 from wan_autoregressive.server.messages import (
     PROTOCOL,
     ClientMessage,
@@ -22,7 +24,9 @@ from wan_autoregressive.server.messages import (
     parse_message,
 )
 
-_NORMAL, _QUEUE_FULL, _BAD_MESSAGE, _IDLE = 1000, 1013, 4400, 4408
+_NORMAL, _TOO_SLOW, _NO_ROOM, _QUEUE_FULL, _BAD_MESSAGE, _IDLE, _TOO_MANY = 1000, 1008, 1011, 1013, 4400, 4408, 4429
+_MESSAGES_PER_S, _MESSAGES_AT_ONCE = 50.0, 200
+_MOST_OUTGOING = 256  # chunks among them are bounded by what the viewer plays
 
 
 class LiveSocket:
@@ -41,8 +45,11 @@ class _Conversation:
     def __init__(self, socket: WebSocket, engine: Engine, shelf: ImageShelf, idle_s: float) -> None:
         self._socket, self._engine, self._shelf, self._idle_s = socket, engine, shelf, idle_s
         self._loop = asyncio.get_running_loop()
-        self._outgoing: asyncio.Queue[tuple[ServerMessage, bytes | None]] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[tuple[ServerMessage, bytes | None]] = asyncio.Queue(_MOST_OUTGOING)
         self._session: LiveSession | None = None
+        self._opening: asyncio.Task[LiveSession] | None = None
+        self._rate = MessageRate(_MESSAGES_PER_S, _MESSAGES_AT_ONCE)
+        self._is_slow = asyncio.Event()
 
     async def hold(self) -> None:
         model, limits = self._engine.model, self._engine.limits
@@ -59,20 +66,33 @@ class _Conversation:
         sender = asyncio.create_task(self._send_all())
         code: int | None = None
         try:
-            code = await self._receive_all()
+            code = await self._until_end_or_slow()
         # When a send notices first that the viewer has left, receiving raises a RuntimeError.
         except (WebSocketDisconnect, RuntimeError):
             pass
         finally:
+            if self._opening is not None:  # a thread is at it: nobody would leave the session that comes
+                with suppress(ValueError, QueueFullError, OSError):
+                    self._session = await self._opening
             if self._session is not None:
                 self._engine.leave(self._session, self._emit)
-            if code is not None:
+            if code not in (None, _TOO_SLOW):
                 with suppress(TimeoutError, RuntimeError, WebSocketDisconnect):
                     await asyncio.wait_for(self._outgoing.join(), 5)
             sender.cancel()
             if code is not None:
-                with suppress(RuntimeError, WebSocketDisconnect):
-                    await self._socket.close(code)
+                with suppress(TimeoutError, RuntimeError, WebSocketDisconnect):
+                    await asyncio.wait_for(self._socket.close(code), 5)
+
+    async def _until_end_or_slow(self) -> int:
+        """Take messages until the conversation ends, or the viewer lets too much lie; gives the code to close with."""
+        receiver, slow = asyncio.create_task(self._receive_all()), asyncio.create_task(self._is_slow.wait())
+        try:
+            await asyncio.wait((receiver, slow), return_when=asyncio.FIRST_COMPLETED)
+            return receiver.result() if receiver.done() else _TOO_SLOW
+        finally:
+            receiver.cancel()
+            slow.cancel()
 
     async def _receive_all(self) -> int:
         """Take messages until the conversation ends; gives the code to close with."""
@@ -84,6 +104,10 @@ class _Conversation:
                     continue
                 self._emit(Error(code="idle", message=f"nothing was heard for {self._idle_s:g} s"), None)
                 return _IDLE
+            if not self._rate.take():
+                told = f"at most {_MESSAGES_PER_S:g} messages a second are taken"
+                self._emit(Error(code="too_many_messages", message=told), None)
+                return _TOO_MANY
             try:
                 message = parse_message(text)
                 if isinstance(message, Close):
@@ -93,6 +117,11 @@ class _Conversation:
             except QueueFullError as error:
                 self._emit(Error(code="queue_full", message=str(error)), None)
                 return _QUEUE_FULL
+            except PromptError as error:
+                self._emit(Error(code="prompt", message=str(error)), None)
+            except OSError as error:
+                self._emit(Error(code="disk", message=f"there is no room for a video: {error}"), None)
+                return _NO_ROOM
             except ValueError as error:
                 self._emit(Error(code="bad_message", message=str(error)), None)
                 return _BAD_MESSAGE
@@ -116,7 +145,9 @@ class _Conversation:
             if message.protocol != PROTOCOL:
                 raise ValueError(f"protocol {message.protocol} is asked for, this server speaks {PROTOCOL}")
             image = None if message.image is None else self._shelf.take(message.image)
-            self._session = await asyncio.to_thread(self._engine.open, message, self._emit, image)
+            self._opening = asyncio.create_task(asyncio.to_thread(self._engine.open, message, self._emit, image))
+            self._session = await asyncio.shield(self._opening)
+            self._opening = None
         elif session is None:
             raise ValueError("the first message has to be start")
         elif not isinstance(message, Close):
@@ -130,7 +161,13 @@ class _Conversation:
     def _emit(self, message: ServerMessage, body: bytes | None) -> None:
         """From any thread."""
         with suppress(RuntimeError):  # the server has ended
-            self._loop.call_soon_threadsafe(self._outgoing.put_nowait, (message, body))
+            self._loop.call_soon_threadsafe(self._line_up, message, body)
+
+    def _line_up(self, message: ServerMessage, body: bytes | None) -> None:
+        try:
+            self._outgoing.put_nowait((message, body))
+        except asyncio.QueueFull:
+            self._is_slow.set()
 
     async def _send_all(self) -> None:
         while True:

@@ -1,18 +1,14 @@
-"""One live video: a rollout that can be taken back to any of its chunks, and its place on the disk.
+"""One live video: a rollout that can be taken back to any of its chunks.
 
 Why no `RolloutSession`: that has one line of chunks, of which a seek forgets the later part. Here branches stay, and
-there is no boundary that cannot be reached: what no snapshot holds is made again from the nearest one, to the bit,
-since the timeline knows every decision.
+there is no boundary that cannot be reached. The newest ones are held as forks. What is a few chunks behind one that is
+held is made again, to the bit, since the timeline knows every decision. For the rest keys and values are made anew
+from the latents of the last chunks before the place: near to what they were, not the same, and the timeline says so.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-import shutil
-import sys
 import threading
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from wan_autoregressive.atomic_file import write_text
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.pipelines.snapshots import Snapshots
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.timeline import Timeline, TimelineChunk
+from wan_autoregressive.server.video_folder import VideoFolder
 
-FORMAT = 1
+MOST_REPEATED = 8
+"""Chunks that are made again, unseen, for the sake of exactness."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class LiveVideo:
     Args:
         folder: Its own; holds chunks, and after `save` all that is needed to go on.
         snapshots: Places of the video, beside its start, that are kept in memory to go back to at once.
+        stop_frame: Pixel frames that the video is to have; the last chunk is cut there. None does not end.
     """
 
     def __init__(
@@ -55,64 +54,88 @@ class LiveVideo:
         seed: int,
         image: Image.Image | None = None,
         snapshots: int = 8,
+        stop_frame: int | None = None,
     ) -> None:
-        self.folder, self.first_prompt, self.seed = folder, prompt, seed
+        self.folder, self.first_prompt, self.seed = VideoFolder(folder), prompt, seed
+        self.stop_frame = stop_frame
         self.timeline = Timeline()
         self.lock = threading.Lock()
-        self._model, self._image, self._max_snapshots = model, image, snapshots
-        self._snapshots: dict[int | None, WanRollout] = {}
+        self._model, self._image = model, image
+        self._snapshots: Snapshots[int | None] = Snapshots(None, snapshots)
         self._rollout: WanRollout | None = None
         self._to_repeat: list[TimelineChunk] = []
         self._next_prompt: str | None = None
         self._next_seed: int | None = None
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.chunk_folder.mkdir(mode=0o700, exist_ok=True)
-
-    @property
-    def chunk_folder(self) -> Path:
-        return self.folder / "chunks"
+        self._next_is_near = False
+        self._run_up_frames = 0
+        """Latent frames of the rollout that are given, to see a past; they are chunks of the timeline already."""
+        self.folder.make()
 
     @property
     def prompt(self) -> str:
         """Of the next chunk."""
-        return self._prompt_now() if self._next_prompt is None else self._next_prompt
+        return self._prompt_at(self.timeline.tip) if self._next_prompt is None else self._next_prompt
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the present branch has all frames that the video is to have."""
+        return self.stop_frame is not None and self._next_frame >= self.stop_frame
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the next chunk sees a past that was made anew from latents."""
+        return self._next_is_near
 
     @property
     def num_to_repeat(self) -> int:
-        """Chunks that `advance` will make again before the next new one."""
-        return len(self._to_repeat)
+        """Chunks that `advance` will make again before the next new one, given ones of a run-up included."""
+        done = 0 if self._rollout is None else self._rollout.frames_done
+        return len(self._to_repeat) + self._model.num_chunks(max(0, self._run_up_frames - done))
 
     def advance(self) -> MadeChunk | None:
-        """Make the next chunk; or, on the way to a place that no snapshot holds, repeat one and give nothing."""
+        """Make the next chunk; or, on the way to a place that no snapshot holds, one before it and give nothing."""
         rollout = self._open()
+        try:
+            return self._step(rollout)
+        except BaseException:  # half-written: whoever tries again begins at a snapshot
+            self._rollout, self._to_repeat = None, []
+            raise
+
+    def _step(self, rollout: WanRollout) -> MadeChunk | None:
+        if rollout.frames_done < self._run_up_frames:
+            rollout.step()
+            return None
         repeated = self._to_repeat[0] if self._to_repeat else None
         new_prompt = repeated.new_prompt if repeated else self._next_prompt
         new_seed = repeated.new_seed if repeated else self._next_seed
         if new_seed is not None:
             rollout.noise.generator.manual_seed(new_seed)  # type: ignore[union-attr]
-        try:
-            made = rollout.step(prompt=new_prompt)
-        except BaseException:  # half-written: whoever tries again begins at a snapshot
-            self._rollout, self._to_repeat = None, []
-            raise
+        made = rollout.step(prompt=new_prompt)
         if repeated:
             self._to_repeat.pop(0)
-            self._keep_snapshot(repeated.id)
+            self._snapshots.keep(repeated.id, rollout)
             return None
         frames = made.frames[0]
+        if self.stop_frame is not None:
+            frames = frames[: self.stop_frame - self._next_frame]
+        noise = rollout.noise.generator.get_state()  # type: ignore[union-attr]
+        self.folder.write_latents(self.timeline.next_id, made.latents, noise)
         with self.lock:
-            entry = self.timeline.append(made.start_pixel_frame, len(frames), self.prompt, new_prompt, new_seed)
+            entry = self.timeline.append(
+                self._next_frame, len(frames), self.prompt, new_prompt, new_seed, self._next_is_near
+            )
         self._next_prompt = self._next_seed = None
-        self._keep_snapshot(entry.id)
+        self._next_is_near = False
+        self._snapshots.keep(entry.id, rollout)
         return MadeChunk(entry, frames, made)
 
     def change_prompt(self, prompt: str, after: int | None) -> list[int]:
         """Go on with another prompt after a chunk of the present branch; what comes later is dropped, ids returned."""
         with self.lock:
             dropped = self.timeline.cut_after(after)
+        self._snapshots.drop(dropped)
         for part in dropped:
-            self._snapshots.pop(part, None)
-            remove_chunk(self.chunk_folder, part)
+            self.folder.remove_chunk(part)
         if dropped:
             self._go_to(after)
         self._set_next(prompt)
@@ -132,20 +155,24 @@ class LiveVideo:
             self._next_seed = seed
 
     def save(self) -> None:
-        """Write what is needed to go on from the end of the present branch to the bit."""
-        if self._image is not None and not (self.folder / "image.png").exists():
-            self._image.save(self.folder / "image.png")
-        if self._rollout is not None and not self._to_repeat:
-            self._rollout.save(self._state_folder())
-        write_text(self.folder / "session.json", json.dumps(self.describe()))
-        for old in set(self.folder.glob("rollout-*")) - {self._state_folder()}:
-            shutil.rmtree(old, ignore_errors=True)
+        """Write what is needed to go on from the end of the present branch, to the bit where that is exact.
+
+        Raises:
+            OSError: it could not be written; what was saved before is still whole.
+        """
+        tip = self.timeline.tip
+        if self._image is not None:
+            self.folder.write_image(self._image)
+        if self._rollout is not None and not self._to_repeat and not self._next_is_near:
+            self.folder.save_rollout(tip, self._rollout)
+        self.folder.write_description(self.describe())
+        if self.folder.has_rollout(tip):  # else an older one is what to begin from
+            self.folder.remove_rollouts(but=tip)
 
     def describe(self) -> dict[str, Any]:
         """The whole video in plain values."""
         with self.lock:
             return {
-                "format": FORMAT,
                 "prompt": self.first_prompt,
                 "seed": self.seed,
                 "next_prompt": self._next_prompt,
@@ -156,94 +183,83 @@ class LiveVideo:
             }
 
     @classmethod
-    def load(cls, model: LiveModel, folder: Path, snapshots: int = 8) -> LiveVideo:
+    def load(cls, model: LiveModel, path: Path, snapshots: int = 8, stop_frame: int | None = None) -> LiveVideo:
         """Take up what `save` wrote.
 
         Raises:
-            ValueError: it is damaged. That it was made with another model, `advance` says.
+            ValueError, OSError: it is damaged. That it was made with another model, `advance` says.
         """
-        values = read_description(folder)
-        image = None
-        if values["from_image"]:
-            with Image.open(folder / "image.png", formats=("PNG",)) as file:
-                image = file.convert("RGB")
-        video = cls(model, folder, values["prompt"], values["seed"], image, snapshots)
+        folder = VideoFolder(path)
+        values = folder.read_description()
+        image = folder.read_image() if values["from_image"] else None
+        video = cls(model, path, values["prompt"], values["seed"], image, snapshots, stop_frame)
         video.timeline = Timeline.from_dict(values)
         video._next_prompt, video._next_seed = values["next_prompt"], values["next_seed"]
+        video._mend()
         return video
 
-    def _state_folder(self) -> Path:
-        """Named after the chunk that it stands behind, so that it never fits to another timeline."""
-        return self.folder / f"rollout-{self.timeline.tip}"
+    def _mend(self) -> None:
+        """After a crash: what came behind the last save is lost, and what cannot be shown any more is left out."""
+        on_disk, timeline = self.folder.chunks, self.timeline
+        later = on_disk - timeline.chunks.keys()
+        timeline.remove(timeline.chunks.keys() - on_disk)
+        if later:
+            timeline.next_id = max(timeline.next_id, max(later) + 1)  # a viewer may hold chunks of these numbers
+            self.folder.write_description(self.describe())
+            for chunk in later:
+                self.folder.remove_chunk(chunk)
+
+    @property
+    def _next_frame(self) -> int:
+        """First pixel frame of the next chunk."""
+        tip = self.timeline.tip
+        return 0 if tip is None else self.timeline.chunks[tip].stop_frame
 
     def _open(self) -> WanRollout:
-        if self._rollout is None and self._state_folder().is_dir():
-            self._rollout = self._model.resume(self._state_folder())
-            self._keep_snapshot(self.timeline.tip)
-        elif self._rollout is None:
+        if self._rollout is None:
             self._go_to(self.timeline.tip)
         assert self._rollout is not None
         return self._rollout
 
-    def _start(self) -> WanRollout:
-        rollout = self._model.start(self.first_prompt, self.seed, self._image)
-        self._snapshots[None] = rollout.fork()
+    def _go_to(self, chunk: int | None) -> None:
+        """Stand behind a chunk; or at a place before it, with what is to be repeated or run up from there."""
+        path = self.timeline.path(chunk)
+        base = len(path)  # chunks before the place to begin from
+        while base and not self._can_begin_after(path, base):
+            base -= 1
+        self._run_up_frames, self._next_is_near = 0, False
+        self._to_repeat = path[base:]
+        if len(self._to_repeat) > MOST_REPEATED and self._model.run_up_frames:
+            self._to_repeat, self._next_is_near = [], True
+            self._rollout = self._run_up_to(path)
+        elif self._to_repeat and self._to_repeat[0].near:
+            self._rollout = self._run_up_to(path[:base])
+        else:
+            self._rollout = self._begin_after(path[base - 1].id if base else None)
+
+    def _can_begin_after(self, path: list[TimelineChunk], base: int) -> bool:
+        place, next_is_near = path[base - 1].id, base < len(path) and path[base].near
+        return place in self._snapshots or self.folder.has_rollout(place) or next_is_near
+
+    def _begin_after(self, place: int | None) -> WanRollout:
+        if place in self._snapshots:
+            return self._snapshots.fork(place)
+        if place is None:
+            rollout = self._model.start(self.first_prompt, self.seed, self._image)
+        else:
+            rollout = self._model.resume(self.folder.rollout_path(place))
+        self._snapshots.keep(place, rollout)
         return rollout
 
-    def _go_to(self, chunk: int | None) -> None:
-        """Stand after a chunk, or at a snapshot before it with the steps to it still to be repeated."""
-        path = self.timeline.path(chunk)
-        held = next((part.id for part in reversed(path) if part.id in self._snapshots), None)
-        self._to_repeat = [part for part in path if held is None or part.index > self.timeline.chunks[held].index]
-        self._rollout = self._snapshots[held].fork() if held in self._snapshots else self._start()
+    def _run_up_to(self, path: list[TimelineChunk]) -> WanRollout:
+        """A rollout that is given the latents of the last chunks of `path`, whose `step` hands them out first."""
+        self._run_up_frames = self._model.run_up_frames
+        last = path[-self._model.num_chunks(self._run_up_frames) :]
+        latents, noise = self.folder.read_latents([part.id for part in last])
+        return self._model.start_behind(latents[:, :, -self._run_up_frames :], noise, path[-1].prompt)
 
     def _set_next(self, prompt: str) -> None:
-        self._next_prompt = None if prompt == self._prompt_now() else prompt
+        self._next_prompt = None if prompt == self._prompt_at(self.timeline.tip) else prompt
 
-    def _prompt_now(self) -> str:
-        tip = self.timeline.tip
-        return self.first_prompt if tip is None else self.timeline.chunks[tip].prompt
-
-    def _keep_snapshot(self, chunk: int | None) -> None:
-        assert self._rollout is not None
-        self._snapshots[chunk] = self._rollout.fork()
-        while len(self._snapshots) - (None in self._snapshots) > self._max_snapshots:
-            self._drop_snapshot()
-        release_free_memory()
-
-    def _drop_snapshot(self) -> None:
-        """The newer half stays; of the others, the one goes from which the snapshot before it is nearest."""
-        held = sorted(key for key in self._snapshots if key is not None)
-        older = held[: len(held) - self._max_snapshots // 2]
-        del self._snapshots[min(older, key=self._steps_to_repeat)]
-
-    def _steps_to_repeat(self, chunk: int) -> int:
-        """Chunks that would have to be made again to stand there without its snapshot."""
-        steps, at = 1, self.timeline.chunks[chunk].parent
-        while at is not None and at not in self._snapshots:
-            steps, at = steps + 1, self.timeline.chunks[at].parent
-        return steps
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """What `describe` gave when the video in `folder` was saved; `ValueError` if that cannot be read."""
-    try:
-        values: dict[str, Any] = json.loads((folder / "session.json").read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise ValueError(f"it has format {values['format']}, this version reads {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the session in '{folder}' cannot be read: {error}") from error
-    return values
-
-
-def remove_chunk(folder: Path, chunk: int) -> None:
-    """Remove the files of a chunk, as far as there are any."""
-    for kind in ("mp4", "webp"):
-        (folder / f"{chunk}.{kind}").unlink(missing_ok=True)
-
-
-def release_free_memory() -> None:
-    """Give what glibc holds free between snapshots back to the system: it grows by ten times their size otherwise."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    def _prompt_at(self, chunk: int | None) -> str:
+        return self.first_prompt if chunk is None else self.timeline.chunks[chunk].prompt

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
+from wan_autoregressive.server.prompt_text import Prompt
+
 PROTOCOL = 1
-MAX_PROMPT_LENGTH = 1000
 MAX_MESSAGE_BYTES = 64 * 1024
 
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_PROMPT_LENGTH)]
 Seed = Annotated[int, Field(ge=0, lt=2**53)]  # whole in JavaScript too
 Id = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{22}$")]
 ChunkId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -156,6 +156,8 @@ class ChunkReady(ServerMessage):
     start_frame: int
     frames: int
     prompt: str
+    near: bool
+    """Right before it the past was made anew from latents: near to what it was, not the same."""
     codec: str
     step_s: float
     encode_s: float
@@ -173,6 +175,8 @@ class Cut(ServerMessage):
     dropped: list[int]
     """Chunks that are forgotten."""
     prompt: str
+    near: bool
+    """What comes sees a past that is near to what it was, not the same: too much would have to be made again."""
     repeating: int
     """Chunks that have to be made again, unseen, before the next one comes."""
 

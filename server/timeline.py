@@ -29,6 +29,8 @@ class TimelineChunk:
     """Prompt that was set right before it."""
     new_seed: int | None
     """Seed that the noise was started anew with right before it."""
+    near: bool = False
+    """Right before it the past was made anew from latents: near to what it was, not the same."""
 
     @property
     def stop_frame(self) -> int:
@@ -57,13 +59,19 @@ class Timeline:
         return sum(chunk.frames for chunk in self.chunks.values())
 
     def append(
-        self, start_frame: int, frames: int, prompt: str, new_prompt: str | None, new_seed: int | None
+        self,
+        start_frame: int,
+        frames: int,
+        prompt: str,
+        new_prompt: str | None,
+        new_seed: int | None,
+        near: bool = False,
     ) -> TimelineChunk:
         """Lengthen the present branch by a chunk."""
         parent = self.tip
         index = 0 if parent is None else self.chunks[parent].index + 1
         chunk = TimelineChunk(
-            self.next_id, parent, self.branch, index, start_frame, frames, prompt, new_prompt, new_seed
+            self.next_id, parent, self.branch, index, start_frame, frames, prompt, new_prompt, new_seed, near
         )
         self.chunks[chunk.id] = chunk
         self.tips[self.branch] = chunk.id
@@ -108,6 +116,19 @@ class Timeline:
             del self.chunks[part]
         self.tips[self.branch] = chunk
         return dropped
+
+    def remove(self, chunks: Iterable[int]) -> None:
+        """Forget chunks and all that follows them, on every branch; branches end before them then."""
+        gone = set(chunks)
+        for chunk in sorted(self.chunks):  # parents first
+            if self.chunks[chunk].parent in gone:
+                gone.add(chunk)
+        for branch, tip in self.tips.items():
+            while tip in gone:
+                tip = self.chunks[tip].parent
+            self.tips[branch] = tip
+        for chunk in gone & self.chunks.keys():
+            del self.chunks[chunk]
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -72,8 +72,8 @@ class StreamBatchSampler(Sampler):
         super().__init__(context)
         if adaptive_sink is not None and context.denoiser.heads_are_split:
             raise ValueError(
-                "adaptive_sink compares frames by all heads, and each of several ranks holds some; leave it out, or make "
-                "the video on one rank"
+                "adaptive_sink compares frames by all heads, and each of several ranks holds some; leave it out, or "
+                "make the video on one rank"
             )
         self._restart_positions = restart_positions
         self._adaptive_sink = adaptive_sink

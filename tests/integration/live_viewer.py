@@ -3,7 +3,9 @@
 import queue
 import time
 
-from wan_autoregressive.server.engine import Engine, EngineLimits
+from wan_autoregressive.server.chunk_files import encode_mp4
+from wan_autoregressive.server.engine import Engine
+from wan_autoregressive.server.limits import EngineLimits
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.messages import ChunkReady, Played, Start
 
@@ -17,6 +19,14 @@ def live_model(pipe) -> LiveModel:
 
 def new_engine(pipe, folder, **limits) -> Engine:
     return Engine(live_model(pipe), folder, EngineLimits(**limits), cost_s=0.05)
+
+
+def alone(pipe, prompt: str, seed: int, count: int, changes: dict[int, str] | None = None) -> list[bytes]:
+    """The mp4s that a plain rollout gives, whose prompt changes before the chunks that are named."""
+    model = live_model(pipe)
+    rollout = model.start(prompt, seed)
+    chunks = [rollout.step(prompt=(changes or {}).get(index)) for index in range(count)]
+    return [encode_mp4(chunk.frames[0], model.fps, model.scale) for chunk in chunks]
 
 
 class Viewer:

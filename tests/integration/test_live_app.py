@@ -6,14 +6,17 @@ import struct
 import zlib
 
 import pytest
-from live_viewer import GREEN, RED, new_engine, until
+from live_viewer import GREEN, RED, SETTINGS, new_engine, until
 from PIL import Image
 from saved_runs import frames_of
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from wan_autoregressive.server.app import build_app
+from wan_autoregressive.server.engine import Engine
 from wan_autoregressive.server.guard import Door
+from wan_autoregressive.server.limits import EngineLimits
+from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.messages import unpack
 
 LOCAL, LIVE = "http://127.0.0.1:8000", "ws://127.0.0.1:8000/v1/live"
@@ -98,6 +101,8 @@ def test_a_video_from_start_to_download(client, tmp_path):
     [
         *("no json", "[]", "{}", '{"type":"start"}', '{"type":"start","prompt":""}', '{"type":"start","prompt":7}'),
         json.dumps({"type": "start", "prompt": "x" * 1001}),
+        *(json.dumps({"type": "start", "prompt": f"a{letter}b"}) for letter in "\0\x1b\x7f\x9b"),
+        '{"type":"start","prompt":"\\ud800"}',
         *('{"type":"start","prompt":"x","seed":"1"}', '{"type":"start","prompt":"x","more":1}'),
         *('{"type":"start","resume":"../../etc"}', '{"type":"start","prompt":"x","image":"../x"}'),
         *('{"type":"start","prompt":"x","protocol":2}', '{"type":"played","chunk":0}', '{"type":"prompt"}'),
@@ -116,6 +121,26 @@ def test_a_bad_message_ends_only_its_own_connection(client, message):
             assert closed.value.code == 4400
         viewer.say(type="played", chunk=0)
         viewer.wait_for("chunk")
+
+
+def test_a_prompt_longer_than_the_text_encoder_takes_is_refused_and_nothing_else_happens(pipe, tmp_path):
+    model = LiveModel(pipe, {**SETTINGS, "max_sequence_length": 12})
+    engine = Engine(model, tmp_path / "state", EngineLimits())
+    client = TestClient(build_app(engine, Door()), base_url=LOCAL)
+    long = " ".join(["red"] * 12)
+    with client, client.websocket_connect(LIVE) as socket:
+        assert client.get("/v1/model").json()["max_prompt_tokens"] == 12
+        viewer = Viewer(socket)
+        viewer.say(type="start", prompt=long)
+        error = viewer.wait_for("error")
+        assert (error["code"], "make it shorter" in error["message"]) == ("prompt", True)
+        viewer.say(type="start", prompt="  a red\n\tcircle ")
+        assert viewer.wait_for("chunk")["prompt"] == "a red circle"
+        viewer.say(type="prompt", prompt=long)
+        assert viewer.wait_for("error")["code"] == "prompt"
+        viewer.say(type="prompt", prompt=GREEN)
+        viewer.say(type="played", chunk=0)
+        assert viewer.wait_for("cut")["prompt"] == GREEN
 
 
 def test_a_full_queue_says_so(client):
@@ -231,7 +256,7 @@ def test_pictures_are_looked_at_before_they_are_unpacked(client):
         *(b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"#EXTM3U\nfile:///etc/passwd"),
         png_of_zeros(640, 640)[:60],
         encoded(frames[0], "GIF"),
-        encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        *(encoded(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("WEBP", "PNG")),
     ):
         assert client.post("/v1/images", content=bad).status_code == 400, bad[:20]
     assert client.post("/v1/images", content=bytes(9 * 2**20)).status_code == 413

@@ -163,5 +163,5 @@ def test_every_module_of_the_wheel_can_be_imported_without_ray(installed):
 def test_tests_import_the_package_and_never_its_folders(pytestconfig):
     """`import cache` from the root would make second copies of our classes, which isinstance does not know."""
     assert pytestconfig.getoption("importmode") == "importlib"
-    folders = {"cache", "configs", "core", "media", "models", "pipelines", "schedulers", "scripts", "server"}
+    folders = {"cache", "client", "configs", "core", "media", "models", "pipelines", "schedulers", "scripts", "server"}
     assert not folders & set(sys.modules)

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "wan_autoregressive"
-FOLDERS = ["cache", "configs", "integrations", "media", "models", "pipelines", "schedulers", "scripts", "server"]
+FOLDERS = [
+    *("cache", "client", "configs", "integrations", "media", "models", "pipelines", "schedulers", "scripts", "server")
+]
 
 # From the ground up; what stands in one tuple does not import each other.
 LAYERS = [
@@ -19,6 +21,7 @@ LAYERS = [
     ("models",),
     ("pipelines",),
     ("server",),
+    ("client",),
     ("scripts",),
     ("integrations",),
 ]

@@ -1,0 +1,60 @@
+"""`wan-ar serve` as a process of its own, on a free port, and the memory that it takes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Self
+
+_END_S = 60
+
+
+class ServerProcess:
+    """Runs from the start on; `stop` or the end of a `with` block ends it.
+
+    Args:
+        words: Further flags.
+        log: Where it writes what goes wrong.
+    """
+
+    def __init__(self, *words: str, log: Path) -> None:
+        command = [sys.executable, "-m", "wan_autoregressive.scripts.cli", "serve", "--port", "0", *words]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.log = log.open("w")
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, start_new_session=True
+        )
+        assert self.process.stdout is not None
+        self.link = self.process.stdout.readline().strip()
+        if not self.link.startswith("http://"):
+            self.stop()
+            raise RuntimeError(f"the server did not start: {log.read_text()}")
+        self.port = int(self.link.split("://")[1].split("/")[0].rsplit(":", 1)[1])
+
+    def rss_bytes(self) -> int:
+        """Resident memory; of Linux."""
+        return rss_bytes(self.process.pid)
+
+    def stop(self) -> int:
+        """End it; gives its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(_END_S)
+        finally:
+            self.log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory of a process; of Linux."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

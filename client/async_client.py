@@ -1,0 +1,144 @@
+"""The client that awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import httpx2
+from pydantic import BaseModel
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from wan_autoregressive.client.conversation import MAX_CHUNK_BYTES, Address, Conversation, LiveChunk, LiveError
+from wan_autoregressive.server.messages import ChangePrompt, Close, Fork, Pause, Resume, Start
+
+
+class AsyncLiveClient:
+    """A video on a live server.
+
+    ```python
+    async with AsyncLiveClient("http://127.0.0.1:8000") as live:
+        await live.start("a red circle moving right on a navy background", seed=7)
+        async for chunk in live:
+            ...
+    ```
+
+    Asking for the next chunk says that the last one has been seen: the server stays `ahead` chunks in front of that.
+
+    Args:
+        url: As the server prints it, with or without its token.
+        token: Instead of the one in `url`.
+        timeout_s: Seconds to wait for a message of the server.
+    """
+
+    def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None, timeout_s: float = 120.0) -> None:
+        self.video = Conversation()
+        """Session, seed, branch, place in the queue; what the server says of itself."""
+        self._address, self._timeout_s = Address(url, token), timeout_s
+        self._opened = AsyncExitStack()
+        self._connection: ClientConnection | None = None
+
+    async def __aenter__(self) -> Self:
+        address = self._address
+        self._http = await self._opened.enter_async_context(
+            httpx2.AsyncClient(base_url=address.http, headers=address.headers, timeout=self._timeout_s)
+        )
+        opening = connect(address.live, additional_headers=address.headers, max_size=MAX_CHUNK_BYTES)
+        try:
+            self._connection = await self._opened.enter_async_context(opening)
+        except InvalidStatus as error:
+            told = f"the server answers {error.response.status_code}; is the token the one that it printed?"
+            raise LiveError("not_let_in", told) from error
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._connection = None
+        await self._opened.aclose()
+
+    async def start(
+        self,
+        prompt: str | None = None,
+        seed: int | None = None,
+        image: bytes | None = None,
+        resume: str | None = None,
+        ahead: int = 2,
+    ) -> None:
+        """Begin a video, from a picture (a PNG, JPEG or WebP) if there is one, or go on with that of a session."""
+        name = None if image is None else await self.upload(image)
+        await self._say(Start(prompt=prompt, seed=seed, image=name, resume=resume, ahead=ahead))
+
+    async def set_prompt(self, prompt: str, playhead: float | None = None) -> None:
+        """Go on with another prompt; from `playhead` (seconds) on as soon as can be, else behind what is made."""
+        await self._say(ChangePrompt(prompt=prompt, playhead=playhead))
+
+    async def fork(self, chunk: int | None, prompt: str | None = None, seed: int | None = None) -> None:
+        """Go on after a chunk of any branch; None is the start."""
+        await self._say(Fork(chunk=chunk, prompt=prompt, seed=seed))
+
+    async def pause(self) -> None:
+        await self._say(Pause())
+
+    async def resume(self) -> None:
+        await self._say(Resume())
+
+    async def forget(self) -> None:
+        """End the video and remove it from the server."""
+        await self._say(Close())
+
+    async def next_chunk(self) -> LiveChunk:
+        """Wait for it.
+
+        Raises:
+            LiveError: the server says that something did not work, or hung up.
+            TimeoutError: nothing came.
+        """
+        if (played := self.video.played()) is not None:
+            await self._send(played)
+        while True:
+            try:
+                made = self.video.take(await asyncio.wait_for(self._connected.recv(), self._timeout_s))
+            except ConnectionClosed as closed:
+                raise self.video.closed(closed.rcvd.code if closed.rcvd else None) from closed
+            if made is not None:
+                return made
+
+    async def __aiter__(self) -> AsyncIterator[LiveChunk]:
+        while True:
+            yield await self.next_chunk()
+
+    async def upload(self, image: bytes) -> str:
+        """Send a picture; gives its name for a start."""
+        answer = await self._http.post("/v1/images", content=image)
+        return str(answer.raise_for_status().json()["id"])
+
+    async def describe(self) -> dict[str, Any]:
+        """The timeline of the video: its chunks and branches, prompts and seeds."""
+        answer = await self._http.get(f"/v1/sessions/{self.video.session}")
+        described: dict[str, Any] = answer.raise_for_status().json()
+        return described
+
+    async def download(self, path: str | os.PathLike[str], branch: int | None = None) -> None:
+        """Write the chunks of a branch, by default the present one, as one mp4."""
+        query = {} if branch is None else {"branch": branch}
+        answer = await self._http.get(f"/v1/sessions/{self.video.session}/video.mp4", params=query)
+        Path(path).write_bytes(answer.raise_for_status().content)
+
+    @property
+    def _connected(self) -> ClientConnection:
+        if self._connection is None:
+            raise RuntimeError("there is no connection; use the client in an `async with` block")
+        return self._connection
+
+    async def _say(self, message: BaseModel) -> None:
+        await self._send(message.model_dump_json())
+
+    async def _send(self, text: str) -> None:
+        try:
+            await self._connected.send(text)
+        except ConnectionClosed as closed:
+            raise self.video.closed(closed.rcvd.code if closed.rcvd else None) from closed

@@ -1,0 +1,113 @@
+"""What the server answers, as an OpenAPI document and as a page to read. `docs/API_LIVE.md` explains more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+
+from wan_autoregressive._version import __version__
+from wan_autoregressive.server.job_routes import VideoRequest
+from wan_autoregressive.server.messages import ClientMessage, ServerMessage
+
+_TYPES = {"int": "integer", "str": "string"}
+_SCHEMAS = "#/components/schemas/"
+
+
+def openapi_routes(routes: Iterable[BaseRoute]) -> list[Route]:
+    """`/openapi.json` and the page `/api`, which describe `routes`."""
+    document = openapi_document(routes)
+    html = openapi_page(document)
+
+    async def as_json(request: Request) -> Response:
+        return JSONResponse(document)
+
+    async def as_page(request: Request) -> Response:
+        return HTMLResponse(html, headers={"Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"})
+
+    return [Route("/openapi.json", as_json), Route("/api", as_page)]
+
+
+def openapi_document(routes: Iterable[BaseRoute]) -> dict[str, Any]:
+    """OpenAPI 3.1 of the routes: their docstrings, and the messages of the WebSocket as schemas."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        if isinstance(route, Route):
+            for method in (route.methods or set()) - {"HEAD"}:
+                paths.setdefault(_path(route.path), {})[method.lower()] = _operation(route, method)
+        elif isinstance(route, WebSocketRoute):
+            paths[_path(route.path)] = {
+                "get": {
+                    "summary": "WebSocket: ClientMessage there, ServerMessage back, a chunk with its mp4 behind it",
+                    "responses": {"101": {"description": "it is open"}},
+                }
+            }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "wan-autoregressive live server", "version": __version__},
+        "security": [{"bearer": []}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+            "schemas": _schemas(),
+            "responses": {"Error": {"description": "error: type, code, message"}},
+        },
+    }
+
+
+def openapi_page(document: dict[str, Any]) -> str:
+    """The document as HTML without styles or scripts."""
+    rows = [
+        f"<dt><code>{method.upper()} {escape(path)}</code></dt><dd>{escape(operation['summary'])}</dd>"
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ]
+    title = escape(document["info"]["title"])
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
+        f'<p>The same for programs: <a href="/openapi.json">openapi.json</a></p><dl>{"".join(rows)}</dl></html>'
+    )
+
+
+def _operation(route: Route, method: str) -> dict[str, Any]:
+    text = (route.endpoint.__doc__ or "").strip()
+    operation: dict[str, Any] = {
+        "summary": text.splitlines()[0] if text else route.name,
+        "parameters": [
+            {
+                "name": name,
+                "in": "path",
+                "required": True,
+                "schema": {"type": "integer" if kind == "int" else "string"},
+            }
+            for name, kind in re.findall(r"{(\w+):(\w+)}", route.path)
+        ],
+        "responses": {"200": {"description": "as it says"}, "4XX": {"$ref": "#/components/responses/Error"}},
+    }
+    if route.path == "/v1/videos" and method == "POST":
+        schema = {"$ref": f"{_SCHEMAS}VideoRequest"}
+        kinds = ("multipart/form-data", "application/json")
+        operation["requestBody"] = {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}
+    return operation
+
+
+def _schemas() -> dict[str, Any]:
+    schemas: dict[str, Any] = {}
+    client = TypeAdapter(ClientMessage).json_schema(ref_template=_SCHEMAS + "{model}")
+    schemas.update(client.pop("$defs"))
+    schemas["ClientMessage"] = client
+    server: list[type[BaseModel]] = ServerMessage.__subclasses__()
+    for model in (*server, VideoRequest):
+        schemas[model.__name__] = model.model_json_schema(ref_template=_SCHEMAS + "{model}")
+    schemas["ServerMessage"] = {"oneOf": [{"$ref": _SCHEMAS + model.__name__} for model in server]}
+    return schemas
+
+
+def _path(path: str) -> str:
+    return re.sub(r"{(\w+):\w+}", r"{\1}", path)
