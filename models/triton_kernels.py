@@ -162,6 +162,8 @@ def _with_whole_tokens(tensor: torch.Tensor) -> torch.Tensor:
 
 # The kernels. A program works on one row, in float32. Offsets have 64 bits: a batch of windows passes 2**31 numbers.
 
+# Their arguments are pointers and numbers of Triton's, which have no types here.
+# mypy: disable-error-code="no-untyped-def"
 _jit: Any = (lambda function: function) if triton is None else triton.jit
 
 
