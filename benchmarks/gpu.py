@@ -1,6 +1,6 @@
 """What only a GPU can show, in one command: figures, parity and GPU tests as one Markdown page and one JSON.
 
-    python -m benchmarks.gpu --output DIR                         # on a card: ends within --minutes (9)
+    python -m benchmarks.gpu --output DIR                         # on a card: ends within --minutes (8.8)
     python -m benchmarks.gpu --output DIR --device cpu --tiny     # the kit itself, on any machine
 
 `docs/GPU.md` tells what is in it and how to read the page. Exits with 1 if a part failed, after the others have run.
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, required=True, metavar="DIR", help="for gpu.md and gpu.json; made if it is not there")
     add("--device", default="cuda", help="default: cuda")
     add("--tiny", action="store_true", help="sizes of the demo checkpoint, to try the kit; the figures mean nothing")
-    add("--minutes", type=float, default=9.0, metavar="N", help="for all parts together (default: 9)")
+    add("--minutes", type=float, default=8.8, metavar="N", help="for all parts together (default: 8.8)")
     add("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
     args = parser.parse_args(argv)
     if args.minutes <= 0:
