@@ -1,6 +1,6 @@
 """What only a GPU can show, in one command: figures, parity and GPU tests as one Markdown page and one JSON.
 
-    python -m benchmarks.gpu --output DIR                         # on a card: ends within --minutes (9)
+    python -m benchmarks.gpu --output DIR                         # on a card: ends within --minutes (8.8)
     python -m benchmarks.gpu --output DIR --device cpu --tiny     # the kit itself, on any machine
 
 `docs/GPU.md` tells what is in it and how to read the page. Exits with 1 if a part failed, after the others have run.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_kit.parts import PARTS
 from benchmarks.gpu_kit.report import write_report
-from benchmarks.gpu_kit.run_parts import run_parts
+from benchmarks.gpu_kit.run_parts import Outcome, run_parts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,21 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, required=True, metavar="DIR", help="for gpu.md and gpu.json; made if it is not there")
     add("--device", default="cuda", help="default: cuda")
     add("--tiny", action="store_true", help="sizes of the demo checkpoint, to try the kit; the figures mean nothing")
-    add("--minutes", type=float, default=9.0, metavar="N", help="for all parts together (default: 9)")
+    add("--minutes", type=float, default=8.8, metavar="N", help="for all parts together (default: 8.8)")
     add("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error(f"minutes is {args.minutes}; it must be above 0")
     parts = [part for part in PARTS if args.only is None or part.name in args.only]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part under way ends too
     args.output.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for outcome in run_parts(parts, args.device, args.tiny, 60 * args.minutes, Path(scratch)):
-            outcomes.append(outcome)
-            print(f"{outcome.name}: {outcome.state}, {outcome.seconds:.0f} of {outcome.limit_s:.0f} s", flush=True)
-            # After every part, so that a run that is killed leaves what it has.
-            write_report(args.output, outcomes, args.device, args.tiny)
+    outcomes: list[Outcome] = []
+    # So that the part under way ends with the command.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            for outcome in run_parts(parts, args.device, args.tiny, 60 * args.minutes, Path(scratch)):
+                outcomes.append(outcome)
+                print(f"{outcome.name}: {outcome.state}, {outcome.seconds:.0f} of {outcome.limit_s:.0f} s", flush=True)
+                # After every part, so that a run that is killed leaves what it has.
+                write_report(args.output, outcomes, args.device, args.tiny)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"the report is in {args.output / 'gpu.md'}")
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 

@@ -99,8 +99,8 @@ def add_gated(hidden_states: torch.Tensor, output: torch.Tensor, gate: torch.Ten
 
 
 def rotate_pairs(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`cache.rotary.rotate_pairs`: new `(batch, tokens, heads, head_dim)` with tables `(1, tokens or 1, 1, head_dim)`
-    in which the first of a pair has -sin."""
+    """`cache.rotary.rotate_pairs`: new `(batch, tokens, heads, head_dim)` with tables `(batch or 1, tokens or 1, 1,
+    head_dim)` in which the first of a pair has -sin."""
     hidden_states = _with_whole_tokens(hidden_states)
     batch, tokens, heads, head_dim = hidden_states.shape
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -108,7 +108,8 @@ def rotate_pairs(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tens
     _launch(
         *(_rotate_kernel, (tokens, batch), heads * head_dim),
         *(hidden_states, cos, sin, out, *hidden_states.stride()[:2], *out.stride()[:2]),
-        *(0 if cos.shape[1] == 1 else head_dim, heads * head_dim, head_dim),
+        *(0 if side == 1 else stride for side, stride in zip(cos.shape[:2], cos.stride()[:2], strict=True)),
+        *(heads * head_dim, head_dim),
     )
     return out
 
@@ -162,6 +163,8 @@ def _with_whole_tokens(tensor: torch.Tensor) -> torch.Tensor:
 
 # The kernels. A program works on one row, in float32. Offsets have 64 bits: a batch of windows passes 2**31 numbers.
 
+# Their arguments are pointers and numbers of Triton's, which have no types here.
+# mypy: disable-error-code="no-untyped-def"
 _jit: Any = (lambda function: function) if triton is None else triton.jit
 
 
@@ -195,7 +198,7 @@ def _add_gated_kernel(x, output, gate, out, group_tokens, gate_stride, dim, bloc
 
 @_jit
 def _rotate_kernel(
-    x, cos, sin, out, x_batch, x_token, out_batch, out_token, table_stride, row, head_dim, block: tl.constexpr
+    x, cos, sin, out, x_batch, x_token, out_batch, out_token, t_batch, t_token, row, head_dim, block: tl.constexpr
 ):
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, block)
@@ -203,7 +206,7 @@ def _rotate_kernel(
     start = x + batch * x_batch + token * x_token
     numbers = tl.load(start + columns, mask=inside, other=0.0).to(tl.float32)
     partners = tl.load(start + (columns ^ 1), mask=inside, other=0.0).to(tl.float32)
-    place = token * table_stride + columns % head_dim
+    place = batch * t_batch + token * t_token + columns % head_dim
     cosines = tl.load(cos + place, mask=inside, other=0.0).to(tl.float32)
     sines = tl.load(sin + place, mask=inside, other=0.0).to(tl.float32)
     result = numbers * cosines + partners * sines

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -109,7 +110,7 @@ class WanRollout:
             schedulers=schedulers or components.schedulers(config),
             noise=self.noise,
             history=self.history,
-            observer=self,
+            observer=weakref.proxy(self),  # a circle would keep a GPU's memory until Python collects garbage
             encode=components.encode_pixels,
             given_latents=given_latents,
             source=source,
@@ -316,7 +317,11 @@ class WanRollout:
             twin.denoiser, twin.history = self.denoiser.fork(), self.history.fork()
             twin.noise, twin.switching = self.noise.fork(), self.switching.fork()
             twin._context = dataclasses.replace(
-                self._context, denoiser=twin.denoiser, history=twin.history, noise=twin.noise, observer=twin
+                self._context,
+                denoiser=twin.denoiser,
+                history=twin.history,
+                noise=twin.noise,
+                observer=weakref.proxy(twin),
             )
             twin.sampler = self.sampler.fork(twin._context)
             twin.vae_decoder = None if self.vae_decoder is None else self.vae_decoder.fork()

@@ -1,7 +1,5 @@
 """Pinned copies between host and device: noise, and the VAE's state that is parked."""
 
-import gc
-
 import pytest
 import torch
 from saved_rollouts import assert_same, generator, start
@@ -44,12 +42,10 @@ def test_a_parked_state_leaves_the_device(pipe, cuda):
     """What a rollout holds on the device beside what it holds without pixels: the state, or next to nothing."""
 
     def held_bytes(**options) -> int:
-        gc.collect()
         before = torch.cuda.memory_allocated(cuda)
         rollout = start(pipe, **OPTIONS, **options)
         rollout.step()
         torch.cuda.synchronize(cuda)
-        gc.collect()
         return torch.cuda.memory_allocated(cuda) - before
 
     start(pipe, **OPTIONS).step()  # workspaces that stay

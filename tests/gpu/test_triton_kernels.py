@@ -60,11 +60,11 @@ def test_gate(random, dtype, batch, groups, dim):
 
 
 @DTYPES
-@pytest.mark.parametrize("table_tokens", ["each", "one"])
+@pytest.mark.parametrize("table", [(1, 6), (1, 1), (2, 6)], ids=["of a chunk", "one rotation", "of each video"])
 @pytest.mark.parametrize("is_view", [False, True])
-def test_rotary(random, dtype, table_tokens, is_view):
+def test_rotary(random, dtype, table, is_view):
     batch, tokens, heads, head_dim = 2, 6, 3, 20
-    angles = random(1, tokens if table_tokens == "each" else 1, 1, head_dim // 2)
+    angles = random(*table, 1, head_dim // 2)
     cos = angles.cos().repeat_interleave(2, dim=-1)
     sin = angles.sin().repeat_interleave(2, dim=-1)
     sin[..., ::2].neg_()

@@ -1,7 +1,9 @@
 """Rollouts: stream == call, interleaved == alone, chunk by chunk == whole, and what a step may not do."""
 
+import gc
 import itertools
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -453,3 +455,21 @@ def test_past_the_trained_length_a_window_is_suggested(pipe, caplog):
     assert "set window_frames" not in caplog.text
     pipe("x", **options)
     assert caplog.text.count("set window_frames") == 1
+
+
+@pytest.mark.parametrize("sampler", ["chunkwise", "rolling"])
+def test_what_nobody_holds_is_freed_at_once(pipe, sampler):
+    """A circle of references would keep keys and values until Python collects garbage, whatever a GPU has left."""
+    options = {**SIZE, "num_frames": 13, "num_inference_steps": 2, "sampler": sampler, "window_frames": 6}
+    gc.collect()
+    gc.disable()
+    try:
+        rollout = pipe.rollout("x", **options)
+        rollout.step()
+        fork = rollout.fork()
+        fork.step()
+        caches = [weakref.ref(one.cache) for one in (rollout, fork)]
+        del rollout, fork
+        assert [cache() for cache in caches] == [None, None]
+    finally:
+        gc.enable()

@@ -144,12 +144,12 @@ def test_the_report_has_every_figure_twice(fake_parts, tmp_path):
 
 def test_the_command_writes_after_every_part_and_fails_if_one_did(fake_parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "PARTS", (fake_parts("raising"), fake_parts("good", arguments={"factor": 1})))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert gpu.main(["--output", str(tmp_path / "new"), "--device", "cpu"]) == 1
     assert gpu.main(["--output", str(tmp_path / "new"), "--device", "cpu", "--only", "good"]) == 0
     assert capsys.readouterr().out.startswith("raising: failed, ")
     parts = json.loads((tmp_path / "new" / "gpu.json").read_text())["parts"]
     assert [part["name"] for part in parts] == ["good"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_command_that_is_ended_takes_its_part_along(fake_parts, tmp_path):
