@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 from small_hub import SmallHub
 from tiny_checkpoint import make_tiny_checkpoint
 from wan22_folder import make_a14b_folder
@@ -25,7 +27,7 @@ from wan22_folder import make_a14b_folder
 from wan_autoregressive import checkpoint_folder
 from wan_autoregressive.configs.checkpoints import CACHE_VARIABLE
 from wan_autoregressive.schedulers import SelfForcingScheduler
-from wan_autoregressive.scripts import cli, convert, pull
+from wan_autoregressive.scripts import cli, convert, hub_files, pull
 from wan_autoregressive.scripts.load_pipeline import check_model_folder
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "weights" / "tiny_self_forcing.pt"
@@ -263,3 +265,28 @@ def test_the_endpoint_of_the_environment(hub: SmallHub, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (checkpoint_folder("self-forcing") / "transformer").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OfflineModeIsEnabled("off"), 1, "is not in the Hub's cache and HF_HUB_OFFLINE is set; unset it"),
+        (
+            OSError("Consistency check failed: file should be of size 9"),
+            1,
+            "is not as long as the Hub says; pull again",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied"), 2, "Permission denied"),
+    ],
+)
+def test_what_a_download_ends_with(
+    hub: SmallHub, monkeypatch: pytest.MonkeyPatch, capsys, error, code, message
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_files, "hf_hub_download", fail)
+        refused(capsys, code, message, "self-forcing")
+    assert cli.main(["pull", "self-forcing"]) == 0
