@@ -22,7 +22,7 @@ from wan_autoregressive.scripts.generate_inputs import Job
 from wan_autoregressive.scripts.interrupts import handle_stops, raise_stopped
 from wan_autoregressive.scripts.ray_crew import Crew, Maker
 from wan_autoregressive.scripts.render_job import Outcome
-from wan_autoregressive.scripts.resumable_render import saved_frames
+from wan_autoregressive.scripts.resumable_render import count_segments
 from wan_autoregressive.scripts.spread_flags import Spread
 from wan_autoregressive.scripts.video_list import with_manifest
 
@@ -66,6 +66,9 @@ def _connected(spread: Spread) -> Iterator[int]:
         # Or else Ray takes the address of an interface for its own, and listens there.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # What Ray has to say would be between our lines on standard output; workers that die are told of in our words.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     try:
         import ray
     except ImportError as error:
@@ -100,7 +103,7 @@ class Crews:
         self._make_maker, self._gpus = make_maker, gpus
         self._todo, self._num_jobs = deque(jobs), len(jobs)
         self._deaths: dict[Path, tuple[int, int]] = {}
-        """Of a video: workers that died at it since it last got on, and the frames that it had then."""
+        """Of a video: workers that died at it since it last got on, and the segments that it had then."""
         self._failed_starts, self._start_error = 0, ""
         self._busy: dict[Any, Crew] = {}
         """By what they were asked and have not answered."""
@@ -189,10 +192,10 @@ class Crews:
         """Put the job of a crew back on the list, or give it up."""
         job = crew.job
         assert job is not None
-        frames = saved_frames(job.output)
-        deaths, frames_before = self._deaths.get(job.output, (0, frames))
-        deaths = 1 if frames > frames_before else deaths + 1
-        self._deaths[job.output] = deaths, frames
+        segments = count_segments(job.output)
+        deaths, segments_before = self._deaths.get(job.output, (0, segments))
+        deaths = 1 if segments > segments_before else deaths + 1
+        self._deaths[job.output] = deaths, segments
         if deaths == TRIES:
             return Outcome(job, "failed", reason=f"{reason} ({TRIES} times in a row)", worker=crew.name)
         print_note(f"{job.output}: {reason}; it is tried again")
