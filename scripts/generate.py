@@ -5,6 +5,7 @@ Everything that can be checked without the model is checked before it is loaded:
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,8 @@ def _worker(
 
 def _load_worker_elsewhere(arguments: GenerateArguments) -> RenderWorker:
     """Load the model in another process than the one that read the flags."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("one video on several GPUs is not made by this version; leave out --gpus-per-video")
     return _load_worker(arguments, _checkpointing(arguments), load_given(arguments.config))
 
 

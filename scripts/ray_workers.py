@@ -17,17 +17,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from wan_autoregressive.scripts.deaths import Deaths
 from wan_autoregressive.scripts.errors import describe_error, print_note
 from wan_autoregressive.scripts.generate_inputs import Job
 from wan_autoregressive.scripts.interrupts import handle_stops, raise_stopped
 from wan_autoregressive.scripts.ray_crew import Crew, Maker
 from wan_autoregressive.scripts.render_job import Outcome
-from wan_autoregressive.scripts.resumable_render import count_segments
 from wan_autoregressive.scripts.spread_flags import Spread
 from wan_autoregressive.scripts.video_list import with_manifest
 
-TRIES = 3
-"""Workers that may die at one video without getting on, or fail to start in a row, before that is given up."""
+MOST_FAILED_STARTS = 3
+"""In a row; then no worker is started any more."""
 MANIFEST = "manifest.jsonl"
 _PATIENCE_S = 60.0
 
@@ -102,8 +102,7 @@ class Crews:
     def __init__(self, make_maker: Callable[[], Maker], jobs: Sequence[Job], workers: int, gpus: int) -> None:
         self._make_maker, self._gpus = make_maker, gpus
         self._todo, self._num_jobs = deque(jobs), len(jobs)
-        self._deaths: dict[Path, tuple[int, int]] = {}
-        """Of a video: workers that died at it since it last got on, and the segments that it had then."""
+        self._deaths: dict[Path, Deaths] = {}
         self._failed_starts, self._start_error = 0, ""
         self._busy: dict[Any, Crew] = {}
         """By what they were asked and have not answered."""
@@ -184,7 +183,7 @@ class Crews:
             outcome = None
         else:
             outcome = self._try_again(crew, f"worker {crew.name} ended: {_reason(error)}")
-        if self._failed_starts < TRIES:
+        if self._failed_starts < MOST_FAILED_STARTS:
             self._start()
         return outcome
 
@@ -192,12 +191,10 @@ class Crews:
         """Put the job of a crew back on the list, or give it up."""
         job = crew.job
         assert job is not None
-        segments = count_segments(job.output)
-        deaths, segments_before = self._deaths.get(job.output, (0, segments))
-        deaths = 1 if segments > segments_before else deaths + 1
-        self._deaths[job.output] = deaths, segments
-        if deaths == TRIES:
-            return Outcome(job, "failed", reason=f"{reason} ({TRIES} times in a row)", worker=crew.name)
+        deaths = self._deaths.get(job.output, Deaths()).one_more(job.output)
+        self._deaths[job.output] = deaths
+        if deaths.too_many:
+            return Outcome(job, "failed", reason=f"{reason} ({deaths.count} times in a row)", worker=crew.name)
         print_note(f"{job.output}: {reason}; it is tried again")
         self._todo.append(job)
         return None

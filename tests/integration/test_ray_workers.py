@@ -16,10 +16,11 @@ from ray_cluster import assert_on_the_loopback_alone, import_ray, local_ray
 from ray_makers import GroupMaker, WritingMaker, no_maker
 from test_shared_list import PROMPTS, assert_same_videos, list_words
 
-from wan_autoregressive.scripts import cli, ray_workers
+from wan_autoregressive.scripts import cli, deaths
+from wan_autoregressive.scripts.deaths import MOST_DEATHS
 from wan_autoregressive.scripts.generate_inputs import Job
 from wan_autoregressive.scripts.output_files import OutputFiles
-from wan_autoregressive.scripts.ray_workers import MANIFEST, TRIES, Crews
+from wan_autoregressive.scripts.ray_workers import MANIFEST, Crews
 from wan_autoregressive.scripts.render_job import Outcome
 
 ray = import_ray()
@@ -112,22 +113,31 @@ def test_every_job_ends_and_failures_are_outcomes(cluster: None, tmp_path: Path,
     )
     reasons = {outcome.job.prompt.split()[0]: outcome.reason for outcome in outcomes}
     assert reasons["refuse"] == "no such thing"
-    assert f"its process died ({TRIES} times in a row)" in reasons["die"]
+    assert f"its process died ({MOST_DEATHS} times in a row)" in reasons["die"]
     assert "unexpected KeyError: 'lost'" in reasons["raise"]
     tries = {job.prompt.split()[0]: len(job.output.with_suffix(".begun").read_text()) for job in jobs}
-    assert tries == {"a": 1, "refuse": 1, "warn": 1, "rain": 1, "die-once": 2, "held": 2, "die": TRIES, "raise": TRIES}
+    assert tries == {
+        "a": 1,
+        "refuse": 1,
+        "warn": 1,
+        "rain": 1,
+        "die-once": 2,
+        "held": 2,
+        "die": MOST_DEATHS,
+        "raise": MOST_DEATHS,
+    }
     assert all(outcome.worker for outcome in outcomes)
     assert "warning: a strange word" in capfd.readouterr().err
 
 
 def test_a_video_that_gets_on_may_lose_any_number_of_workers(cluster: None, tmp_path: Path, monkeypatch) -> None:
     segments = iter(range(100))
-    monkeypatch.setattr(ray_workers, "count_segments", lambda output: min(next(segments), TRIES + 2))
+    monkeypatch.setattr(deaths, "count_segments", lambda output: min(next(segments), MOST_DEATHS + 2))
     job = Job("die always", tmp_path / "x.mp4")
     (outcome,) = outcomes_of(Crews(WritingMaker, [job], workers=1, gpus=0))
     assert outcome.state == "failed"
     # The first death, those that it got on in between, and then in a row.
-    assert len(job.output.with_suffix(".begun").read_text()) == (TRIES + 2) + TRIES
+    assert len(job.output.with_suffix(".begun").read_text()) == (MOST_DEATHS + 2) + MOST_DEATHS
 
 
 def test_workers_that_cannot_start_end_the_run(cluster: None, tmp_path: Path) -> None:
