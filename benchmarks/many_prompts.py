@@ -24,7 +24,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from wan_autoregressive.scripts.errors import print_note
 from wan_autoregressive.scripts.generate_inputs import Job
 from wan_autoregressive.scripts.ray_workers import render_on_ray
 from wan_autoregressive.scripts.render_job import Outcome
@@ -37,7 +36,7 @@ class Pause:
 
     seconds: float
     folder: Path
-    tell: Callable[[str], None] = print_note
+    tell: Callable[[str], None]
 
     def render(self, job: Job) -> Outcome:
         start = time.time()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -92,15 +92,18 @@ def _worker(
         yield worker
 
 
-def _load_worker_elsewhere(arguments: GenerateArguments) -> RenderWorker:
+def _load_worker_elsewhere(arguments: GenerateArguments, tell: Callable[[str], None]) -> RenderWorker:
     """Load the model in another process than the one that read the flags."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("one video on several GPUs is not made by this version; leave out --gpus-per-video")
-    return _load_worker(arguments, _checkpointing(arguments), load_given(arguments.config))
+    return _load_worker(arguments, _checkpointing(arguments), load_given(arguments.config), tell)
 
 
 def _load_worker(
-    arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
+    arguments: GenerateArguments,
+    checkpointing: Checkpointing | None,
+    given: Pixels | None,
+    tell: Callable[[str], None] = print_note,
 ) -> RenderWorker:
     config = arguments.config
     start = time.perf_counter()
@@ -114,7 +117,7 @@ def _load_worker(
         chunks=estimate_of(pipe, config, given).chunks,
         checkpointing=checkpointing,
         decode_alongside=arguments.decode_alongside,
-        tell=print_note,
+        tell=tell,
     )
 
 

@@ -15,10 +15,12 @@ from wan_autoregressive.scripts.render_job import Outcome
 class Maker(Protocol):
     """What makes videos, such as a `RenderWorker`."""
 
-    tell: Callable[[str], None]
-
     def render(self, job: Job) -> Outcome:
         """Make a video and say what became of it. Raises nothing that a video is to blame for."""
+
+
+MakeMaker = Callable[[Callable[[str], None]], Maker]
+"""Is given what to call with lines that the user should read."""
 
 
 class _Rank:
@@ -33,18 +35,15 @@ class _Rank:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
-    def start(
-        self, make_maker: Callable[[], Maker], folder: Path, rank: int, size: int, address: tuple[str, int] | None
-    ) -> str:
+    def start(self, make_maker: MakeMaker, folder: Path, rank: int, size: int, address: tuple[str, int] | None) -> str:
         """Load what makes videos; returns a name for this process."""
         os.chdir(folder)
         if address is not None:  # as torchrun says it; each process sees its own GPU alone
-            names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": size}
-            names |= {"MASTER_ADDR": address[0], "MASTER_PORT": address[1]}
-            os.environ.update({name: str(value) for name, value in names.items()})
+            numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": size}
+            os.environ.update({name: str(number) for name, number in numbers.items()})
+            os.environ.update({"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])})
         self._lines: list[str] = []
-        self._maker = make_maker()
-        self._maker.tell = self._lines.append
+        self._maker = make_maker(self._lines.append)
         return f"{socket.gethostname()}:{os.getpid()}"
 
     def render(self, job: Job) -> tuple[Outcome, list[str]]:
@@ -62,7 +61,7 @@ class Crew:
             gives the ranks of a group, and all make each video together; what becomes of it says rank 0.
     """
 
-    def __init__(self, make_maker: Callable[[], Maker], gpus: int) -> None:
+    def __init__(self, make_maker: MakeMaker, gpus: int) -> None:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy

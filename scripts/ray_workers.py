@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -20,8 +22,8 @@ from tqdm import tqdm
 from wan_autoregressive.scripts.deaths import Deaths
 from wan_autoregressive.scripts.errors import describe_error, print_note
 from wan_autoregressive.scripts.generate_inputs import Job
-from wan_autoregressive.scripts.interrupts import handle_stops, raise_stopped
-from wan_autoregressive.scripts.ray_crew import Crew, Maker
+from wan_autoregressive.scripts.interrupts import Stopped, handle_stops
+from wan_autoregressive.scripts.ray_crew import Crew, MakeMaker
 from wan_autoregressive.scripts.render_job import Outcome
 from wan_autoregressive.scripts.spread_flags import Spread
 from wan_autoregressive.scripts.video_list import with_manifest
@@ -32,7 +34,7 @@ MANIFEST = "manifest.jsonl"
 _PATIENCE_S = 60.0
 
 
-def render_on_ray(make_maker: Callable[[], Maker], jobs: Sequence[Job], spread: Spread) -> Iterator[Outcome]:
+def render_on_ray(make_maker: MakeMaker, jobs: Sequence[Job], spread: Spread) -> Iterator[Outcome]:
     """Render jobs on `spread.workers` workers, with a bar on a terminal and a line for each in `manifest.jsonl` beside
     the videos. Outcomes come as they are ready.
 
@@ -85,10 +87,28 @@ def _connected(spread: Spread) -> Iterator[int]:
         gpus = min(there, 1) if spread.gpus_per_video is None else spread.gpus_per_video
         if local and gpus > there:
             raise ValueError(f"--gpus-per-video is {gpus}, and this machine has {there} GPUs; see also --ray-address")
-        with handle_stops(raise_stopped):  # Ray has put a handler in the place of ours
+        with _stopped_by_signals():
             yield gpus
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ray puts a handler in the place of ours, and makes a plain KeyboardInterrupt of what a handler raises."""
+    numbers: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        numbers.append(number)
+        raise Stopped(number)
+
+    with handle_stops(stop):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            stopped = Stopped(numbers[0] if numbers else signal.SIGINT)
+            stopped.add_note("all workers were ended; the same command goes on")
+            raise stopped from error
 
 
 class Crews:
@@ -99,7 +119,7 @@ class Crews:
         gpus: Of each.
     """
 
-    def __init__(self, make_maker: Callable[[], Maker], jobs: Sequence[Job], workers: int, gpus: int) -> None:
+    def __init__(self, make_maker: MakeMaker, jobs: Sequence[Job], workers: int, gpus: int) -> None:
         self._make_maker, self._gpus = make_maker, gpus
         self._todo, self._num_jobs = deque(jobs), len(jobs)
         self._deaths: dict[Path, Deaths] = {}

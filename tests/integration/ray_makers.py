@@ -13,7 +13,8 @@ from wan_autoregressive.scripts.render_job import Outcome
 class WritingMaker:
     """Writes the prompt as the video, unless the prompt says something else."""
 
-    tell: Callable[[str], None]
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
 
     def render(self, job: Job) -> Outcome:
         begun = job.output.with_suffix(".begun")
@@ -34,16 +35,14 @@ class WritingMaker:
         return Outcome(job, "made", f"{job.output}: made", seed=1, frames=2, seconds=0.5)
 
 
-def no_maker() -> WritingMaker:
+def no_maker(tell: Callable[[str], None]) -> WritingMaker:
     raise ValueError("the model folder is gone")
 
 
 class GroupMaker:
     """Adds up the numbers of the ranks, as torchrun's environment names them; rank 1 can be told to die, once."""
 
-    tell: Callable[[str], None]
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tell: Callable[[str], None]) -> None:
         from datetime import timedelta
 
         import torch.distributed as dist
