@@ -16,6 +16,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -36,7 +37,6 @@ class Pause:
 
     seconds: float
     folder: Path
-    tell: Callable[[str], None]
 
     def render(self, job: Job) -> Outcome:
         start = time.time()
@@ -46,6 +46,10 @@ class Pause:
         with open(self.folder / f"times-{os.getpid()}", "a") as file:
             file.write(f"{start!r} {end!r}\n")
         return Outcome(job, "made", seed=0, frames=0, seconds=end - start)
+
+
+def make_pause(seconds: float, folder: Path, tell: Callable[[str], None]) -> AbstractContextManager[Pause]:
+    return nullcontext(Pause(seconds, folder))
 
 
 def driver_mb() -> float:
@@ -66,7 +70,7 @@ def measure(output: Path, num_jobs: int, workers: int, seconds: float) -> dict[s
     jobs = [Job(f"prompt {number}", folder / f"{number:05}.mp4") for number in range(num_jobs)]
     made, killed, killed_at, memory = 0, 0, 0.0, [0.0, 0.0]
     begun = time.time()
-    for outcome in render_on_ray(partial(Pause, seconds, output), jobs, Spread(workers=workers)):
+    for outcome in render_on_ray(partial(make_pause, seconds, output), jobs, Spread(workers=workers)):
         assert outcome.state == "made", outcome.reason
         made += 1
         if made == 1:

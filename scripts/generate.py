@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -66,7 +66,7 @@ def main(words: Sequence[str]) -> int:
             with _worker(arguments, checkpointing, given) as worker:
                 print_outcome(worker.make(jobs[0], progress))
     elif arguments.spread.workers is not None:
-        report_all(render_on_ray(partial(_load_worker_elsewhere, arguments), jobs, arguments.spread), len(jobs))
+        report_all(render_on_ray(partial(_worker_elsewhere, arguments), jobs, arguments.spread), len(jobs))
     else:
         render = render_shared if arguments.spread.share else render_in_order
         with _worker(arguments, checkpointing, given) as worker:
@@ -87,28 +87,33 @@ def _worker(
     arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
 ) -> Iterator[RenderWorker]:
     """Load the model; within the block a signal waits for the end of a chunk if that is then saved."""
-    worker = _load_worker(arguments, checkpointing, given)
-    with worker.stop.soften() if checkpointing is not None else nullcontext():
+    with (
+        _loaded_worker(arguments, checkpointing, given, print_note) as worker,
+        worker.stop.soften() if checkpointing is not None else nullcontext(),
+    ):
         yield worker
 
 
-def _load_worker_elsewhere(arguments: GenerateArguments, tell: Callable[[str], None]) -> RenderWorker:
+def _worker_elsewhere(
+    arguments: GenerateArguments, tell: Callable[[str], None]
+) -> AbstractContextManager[RenderWorker]:
     """Load the model in another process than the one that read the flags."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("one video on several GPUs is not made by this version; leave out --gpus-per-video")
-    return _load_worker(arguments, _checkpointing(arguments), load_given(arguments.config), tell)
+    return _loaded_worker(arguments, _checkpointing(arguments), load_given(arguments.config), tell)
 
 
-def _load_worker(
+@contextmanager
+def _loaded_worker(
     arguments: GenerateArguments,
     checkpointing: Checkpointing | None,
     given: Pixels | None,
-    tell: Callable[[str], None] = print_note,
-) -> RenderWorker:
+    tell: Callable[[str], None],
+) -> Iterator[RenderWorker]:
     config = arguments.config
     start = time.perf_counter()
     pipe = load_pipeline(config)
-    return RenderWorker(
+    yield RenderWorker(
         pipe,
         config,
         seed=secrets.randbelow(2**32) if config.seed is None else config.seed,

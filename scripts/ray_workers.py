@@ -125,7 +125,7 @@ class Crews:
         self._deaths: dict[Path, Deaths] = {}
         self._failed_starts, self._start_error = 0, ""
         self._busy: dict[Any, Crew] = {}
-        """By what they were asked and have not answered."""
+        """By what they may answer."""
         self._idle: list[Crew] = []
         for _ in range(min(workers, len(jobs))):
             self._start()
@@ -143,7 +143,7 @@ class Crews:
             if not self._busy:
                 raise RuntimeError(f"no worker can be started: {self._start_error}")
             answered, _ = ray.wait(list(self._busy), timeout=_PATIENCE_S)
-            if not answered and not told and all(crew.job is None for crew in self._busy.values()):
+            if not answered and not told and not any(crew.name for crew in self._busy.values()):
                 print_note(f"waiting for a worker; each needs a CPU and {self._gpus} GPUs: {ray.cluster_resources()}")
                 told = True
             for answer in answered:
@@ -161,16 +161,15 @@ class Crews:
         self._wait_for(Crew(self._make_maker, self._gpus))
 
     def _wait_for(self, crew: Crew) -> None:
-        self._busy |= dict.fromkeys(crew.asked, crew)
+        self._busy |= dict.fromkeys([crew.asked, *crew.followers], crew)
 
     def _take(self, crew: Crew, answer: Any) -> Outcome | None:
-        """Take an answer of a crew and hand it what is next, if that was the last one of it."""
+        """Take an answer of a crew, and hand out what is next."""
         from ray.exceptions import RayError
 
         try:
-            if not crew.take(answer):
-                return None
-        except RayError as error:
+            crew.take(answer)
+        except (RayError, ChildProcessError) as error:
             outcome = self._lose(crew, error)
         else:
             outcome = self._hear(crew)
@@ -182,39 +181,38 @@ class Crews:
         return outcome
 
     def _hear(self, crew: Crew) -> Outcome | None:
-        if crew.job is None:  # it is up
+        if not crew.name:  # it is up
             crew.name, self._failed_starts = crew.answer, 0
             return None
         outcome, lines = crew.answer
+        crew.job = None
         for line in lines:
             print_note(line)
         if outcome.state == "held":  # by the process of a worker that Ray took for dead, or another run
-            return self._try_again(crew, outcome.reason)
+            return self._try_again(outcome.job, outcome.reason)
         return replace(outcome, worker=crew.name)
 
     def _lose(self, crew: Crew, error: Exception) -> Outcome | None:
         """End what is left of a crew, and start another one in its place."""
-        for asked in crew.asked:
-            self._busy.pop(asked, None)
+        self._busy = {asked: other for asked, other in self._busy.items() if other is not crew}
+        self._idle = [other for other in self._idle if other is not crew]
         crew.end()
-        if crew.job is None:
+        outcome = None
+        if not crew.name:
             self._failed_starts += 1
             self._start_error = _reason(error)
-            outcome = None
-        else:
-            outcome = self._try_again(crew, f"worker {crew.name} ended: {_reason(error)}")
+        elif crew.job is not None:
+            outcome = self._try_again(crew.job, f"worker {crew.name} ended: {_reason(error)}")
         if self._failed_starts < MOST_FAILED_STARTS:
             self._start()
         return outcome
 
-    def _try_again(self, crew: Crew, reason: str) -> Outcome | None:
-        """Put the job of a crew back on the list, or give it up."""
-        job = crew.job
-        assert job is not None
+    def _try_again(self, job: Job, reason: str) -> Outcome | None:
+        """Put a job back on the list, or give it up."""
         deaths = self._deaths.get(job.output, Deaths()).one_more(job.output)
         self._deaths[job.output] = deaths
         if deaths.too_many:
-            return Outcome(job, "failed", reason=f"{reason} ({deaths.count} times in a row)", worker=crew.name)
+            return Outcome(job, "failed", reason=f"{reason} ({deaths.count} times in a row)")
         print_note(f"{job.output}: {reason}; it is tried again")
         self._todo.append(job)
         return None
