@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -73,7 +73,7 @@ def main(words: Sequence[str]) -> int:
             with _worker(arguments, checkpointing, given) as worker:
                 print_outcome(worker.make(jobs[0], progress))
     elif arguments.spread.workers is not None:
-        report_all(render_on_ray(partial(_load_worker_elsewhere, arguments), jobs, arguments.spread), len(jobs))
+        report_all(render_on_ray(partial(_worker_elsewhere, arguments), jobs, arguments.spread), len(jobs))
     else:
         render = render_shared if arguments.spread.share else render_in_order
         with _worker(arguments, checkpointing, given) as worker:
@@ -94,24 +94,34 @@ def _worker(
     arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
 ) -> Iterator[RenderWorker]:
     """Load the model; within the block a signal waits for the end of a chunk if that is then saved."""
-    worker = _load_worker(arguments, checkpointing, given)
-    soften = worker.stop.soften() if checkpointing is not None else nullcontext()
-    with several_ranks.on_all_ranks(worker.pipe, arguments), soften:
+    with (
+        _loaded_worker(arguments, checkpointing, given, print_note) as worker,
+        worker.stop.soften() if checkpointing is not None else nullcontext(),
+    ):
         yield worker
 
 
-def _load_worker_elsewhere(arguments: GenerateArguments) -> RenderWorker:
-    """Load the model in another process than the one that read the flags."""
-    return _load_worker(arguments, _checkpointing(arguments), load_given(arguments.config))
+def _worker_elsewhere(
+    arguments: GenerateArguments, tell: Callable[[str], None]
+) -> AbstractContextManager[RenderWorker | None]:
+    """Load the model in another process than the one that read the flags. None where this one has followed another."""
+    if several_ranks.own_rank():
+        several_ranks.follow(arguments)
+        return nullcontext()
+    return _loaded_worker(arguments, _checkpointing(arguments), load_given(arguments.config), tell)
 
 
-def _load_worker(
-    arguments: GenerateArguments, checkpointing: Checkpointing | None, given: Pixels | None
-) -> RenderWorker:
+@contextmanager
+def _loaded_worker(
+    arguments: GenerateArguments,
+    checkpointing: Checkpointing | None,
+    given: Pixels | None,
+    tell: Callable[[str], None],
+) -> Iterator[RenderWorker]:
     config = several_ranks.on_own_device(arguments.config)
     start = time.perf_counter()
     pipe = load_pipeline(config)
-    return RenderWorker(
+    worker = RenderWorker(
         pipe,
         config,
         seed=secrets.randbelow(2**32) if config.seed is None else config.seed,
@@ -120,8 +130,10 @@ def _load_worker(
         chunks=estimate_of(pipe, config, given).chunks,
         checkpointing=checkpointing,
         decode_alongside=arguments.decode_alongside or arguments.decode_rank,
-        tell=print_note,
+        tell=tell,
     )
+    with several_ranks.on_all_ranks(pipe, arguments):
+        yield worker
 
 
 def estimate_of(pipe: Any, config: GenerateConfig, given: Pixels | None) -> Any:

@@ -50,6 +50,11 @@ class OutputFiles:
         """The lock of runs that share a list; its age counts."""
         return self.video.with_name(f".{self.part.name}.lease")
 
+    @property
+    def deaths(self) -> Path:
+        """What runs that share a list leave of those that died at this video."""
+        return self.video.with_name(f".{self.part.name}.deaths")
+
 
 def check_output_files(output: Path, inputs: Iterable[Path], contact_sheet: bool) -> None:
     """Check that a video and all that comes with it can be written without harm, touching nothing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,15 @@ from wan_autoregressive.scripts.render_job import Outcome
 class Maker(Protocol):
     """What makes videos, such as a `RenderWorker`."""
 
-    tell: Callable[[str], None]
-
     def render(self, job: Job) -> Outcome:
-        """Make a video and say what became of it. Raises nothing that a video is to blame for."""
+        """Make a video and say what became of it. What it raises is no fault of the video, which is tried again."""
+
+
+MakeMaker = Callable[[Callable[[str], None]], AbstractContextManager[Maker]]
+"""Is given what to call with lines that the user should read; its block lasts as long as the process.
+
+Of several ranks all call it, and those but rank 0 do their part of what that does within the call.
+"""
 
 
 class _Rank:
@@ -33,18 +39,16 @@ class _Rank:
             probe.bind((host, 0))
             return host, probe.getsockname()[1]
 
-    def start(
-        self, make_maker: Callable[[], Maker], folder: Path, rank: int, size: int, address: tuple[str, int] | None
-    ) -> str:
+    def start(self, make_maker: MakeMaker, folder: Path, rank: int, size: int, address: tuple[str, int] | None) -> str:
         """Load what makes videos; returns a name for this process."""
         os.chdir(folder)
         if address is not None:  # as torchrun says it; each process sees its own GPU alone
-            names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": size}
-            names |= {"MASTER_ADDR": address[0], "MASTER_PORT": address[1]}
-            os.environ.update({name: str(value) for name, value in names.items()})
+            numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": size}
+            os.environ.update({name: str(number) for name, number in numbers.items()})
+            os.environ.update({"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])})
         self._lines: list[str] = []
-        self._maker = make_maker()
-        self._maker.tell = self._lines.append
+        self._stack = ExitStack()
+        self._maker = self._stack.enter_context(make_maker(self._lines.append))
         return f"{socket.gethostname()}:{os.getpid()}"
 
     def render(self, job: Job) -> tuple[Outcome, list[str]]:
@@ -59,10 +63,11 @@ class Crew:
     Args:
         make_maker: Called once in each of its processes, in the folder that this process is in.
         gpus: Of the worker. With two and more there are as many processes, each with the environment that torchrun
-            gives the ranks of a group, and all make each video together; what becomes of it says rank 0.
+            gives the ranks of a group, and all make each video together. Rank 0 is asked; that another one answers
+            at all means that it has ended.
     """
 
-    def __init__(self, make_maker: Callable[[], Maker], gpus: int) -> None:
+    def __init__(self, make_maker: MakeMaker, gpus: int) -> None:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -71,7 +76,7 @@ class Crew:
         """Machine and process, once it is up."""
         self.job: Job | None = None
         self.answer: Any = None
-        """Of rank 0, to what was asked last."""
+        """To what was asked last."""
         size = max(gpus, 1)
         self._group: Any = None
         place: dict[str, Any] = {"num_cpus": 1, "num_gpus": min(gpus, 1)}
@@ -83,31 +88,28 @@ class Crew:
         # Neither restarts nor retries of Ray's own: those know nothing of what is bounded here.
         self._ranks = [ray.remote(_Rank).options(**place).remote() for place in places]
         address = self._ranks[0].address.remote() if size > 1 else None
-        self.asked = [
+        self.asked, *self.followers = (
             rank.start.remote(make_maker, Path.cwd(), number, size, address) for number, rank in enumerate(self._ranks)
-        ]
-        """What Ray will answer, one by rank."""
-        self._unanswered = set(self.asked)
+        )
+        """What Ray will answer."""
 
     def begin(self, job: Job) -> None:
         """Ask for a video."""
         self.job = job
-        self.asked = [rank.render.remote(job) for rank in self._ranks]
-        self._unanswered = set(self.asked)
+        self.asked = self._ranks[0].render.remote(job)
 
-    def take(self, answered: Any) -> bool:
-        """Take an answer, one of `asked` that is there; whether it was the last one.
+    def take(self, answered: Any) -> None:
+        """Take an answer that is there, of rank 0 or another one.
 
         Raises:
             RayError: a process died, or what it was asked raised an error.
+            ChildProcessError: one that follows rank 0 has ended.
         """
         import ray
 
-        answer = ray.get(answered)
-        if answered == self.asked[0]:
-            self.answer = answer
-        self._unanswered.remove(answered)
-        return not self._unanswered
+        self.answer = ray.get(answered)
+        if answered != self.asked:
+            raise ChildProcessError("one of its processes ended before the others")
 
     def end(self) -> None:
         """End its processes at once, as if they had died."""

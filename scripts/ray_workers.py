@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
+from wan_autoregressive.scripts.deaths import Deaths
 from wan_autoregressive.scripts.errors import describe_error, print_note
 from wan_autoregressive.scripts.generate_inputs import Job
-from wan_autoregressive.scripts.interrupts import handle_stops, raise_stopped
-from wan_autoregressive.scripts.ray_crew import Crew, Maker
+from wan_autoregressive.scripts.interrupts import Stopped, handle_stops
+from wan_autoregressive.scripts.ray_crew import Crew, MakeMaker
 from wan_autoregressive.scripts.render_job import Outcome
-from wan_autoregressive.scripts.resumable_render import saved_frames
 from wan_autoregressive.scripts.spread_flags import Spread
 from wan_autoregressive.scripts.video_list import with_manifest
 
-TRIES = 3
-"""Workers that may die at one video without getting on, or fail to start in a row, before that is given up."""
+MOST_FAILED_STARTS = 3
+"""In a row; then no worker is started any more."""
 MANIFEST = "manifest.jsonl"
 _PATIENCE_S = 60.0
 
 
-def render_on_ray(make_maker: Callable[[], Maker], jobs: Sequence[Job], spread: Spread) -> Iterator[Outcome]:
+def render_on_ray(make_maker: MakeMaker, jobs: Sequence[Job], spread: Spread) -> Iterator[Outcome]:
     """Render jobs on `spread.workers` workers, with a bar on a terminal and a line for each in `manifest.jsonl` beside
     the videos. Outcomes come as they are ready.
 
@@ -66,6 +68,9 @@ def _connected(spread: Spread) -> Iterator[int]:
         # Or else Ray takes the address of an interface for its own, and listens there.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # What Ray has to say would be between our lines on standard output; workers that die are told of in our words.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
     try:
         import ray
     except ImportError as error:
@@ -82,10 +87,28 @@ def _connected(spread: Spread) -> Iterator[int]:
         gpus = min(there, 1) if spread.gpus_per_video is None else spread.gpus_per_video
         if local and gpus > there:
             raise ValueError(f"--gpus-per-video is {gpus}, and this machine has {there} GPUs; see also --ray-address")
-        with handle_stops(raise_stopped):  # Ray has put a handler in the place of ours
+        with _stopped_by_signals():
             yield gpus
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ray puts a handler in the place of ours, and makes a plain KeyboardInterrupt of what a handler raises."""
+    numbers: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        numbers.append(number)
+        raise Stopped(number)
+
+    with handle_stops(stop):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            stopped = Stopped(numbers[0] if numbers else signal.SIGINT)
+            stopped.add_note("all workers were ended; the same command goes on")
+            raise stopped from error
 
 
 class Crews:
@@ -96,14 +119,13 @@ class Crews:
         gpus: Of each.
     """
 
-    def __init__(self, make_maker: Callable[[], Maker], jobs: Sequence[Job], workers: int, gpus: int) -> None:
+    def __init__(self, make_maker: MakeMaker, jobs: Sequence[Job], workers: int, gpus: int) -> None:
         self._make_maker, self._gpus = make_maker, gpus
         self._todo, self._num_jobs = deque(jobs), len(jobs)
-        self._deaths: dict[Path, tuple[int, int]] = {}
-        """Of a video: workers that died at it since it last got on, and the frames that it had then."""
+        self._deaths: dict[Path, Deaths] = {}
         self._failed_starts, self._start_error = 0, ""
         self._busy: dict[Any, Crew] = {}
-        """By what they were asked and have not answered."""
+        """By what they may answer."""
         self._idle: list[Crew] = []
         for _ in range(min(workers, len(jobs))):
             self._start()
@@ -121,7 +143,7 @@ class Crews:
             if not self._busy:
                 raise RuntimeError(f"no worker can be started: {self._start_error}")
             answered, _ = ray.wait(list(self._busy), timeout=_PATIENCE_S)
-            if not answered and not told and all(crew.job is None for crew in self._busy.values()):
+            if not answered and not told and not any(crew.name for crew in self._busy.values()):
                 print_note(f"waiting for a worker; each needs a CPU and {self._gpus} GPUs: {ray.cluster_resources()}")
                 told = True
             for answer in answered:
@@ -139,16 +161,15 @@ class Crews:
         self._wait_for(Crew(self._make_maker, self._gpus))
 
     def _wait_for(self, crew: Crew) -> None:
-        self._busy |= dict.fromkeys(crew.asked, crew)
+        self._busy |= dict.fromkeys([crew.asked, *crew.followers], crew)
 
     def _take(self, crew: Crew, answer: Any) -> Outcome | None:
-        """Take an answer of a crew and hand it what is next, if that was the last one of it."""
+        """Take an answer of a crew, and hand out what is next."""
         from ray.exceptions import RayError
 
         try:
-            if not crew.take(answer):
-                return None
-        except RayError as error:
+            crew.take(answer)
+        except (RayError, ChildProcessError) as error:
             outcome = self._lose(crew, error)
         else:
             outcome = self._hear(crew)
@@ -160,41 +181,38 @@ class Crews:
         return outcome
 
     def _hear(self, crew: Crew) -> Outcome | None:
-        if crew.job is None:  # it is up
+        if not crew.name:  # it is up
             crew.name, self._failed_starts = crew.answer, 0
             return None
         outcome, lines = crew.answer
+        crew.job = None
         for line in lines:
             print_note(line)
         if outcome.state == "held":  # by the process of a worker that Ray took for dead, or another run
-            return self._try_again(crew, outcome.reason)
+            return self._try_again(outcome.job, outcome.reason)
         return replace(outcome, worker=crew.name)
 
     def _lose(self, crew: Crew, error: Exception) -> Outcome | None:
         """End what is left of a crew, and start another one in its place."""
-        for asked in crew.asked:
-            self._busy.pop(asked, None)
+        self._busy = {asked: other for asked, other in self._busy.items() if other is not crew}
+        self._idle = [other for other in self._idle if other is not crew]
         crew.end()
-        if crew.job is None:
+        outcome = None
+        if not crew.name:
             self._failed_starts += 1
             self._start_error = _reason(error)
-            outcome = None
-        else:
-            outcome = self._try_again(crew, f"worker {crew.name} ended: {_reason(error)}")
-        if self._failed_starts < TRIES:
+        elif crew.job is not None:
+            outcome = self._try_again(crew.job, f"worker {crew.name} ended: {_reason(error)}")
+        if self._failed_starts < MOST_FAILED_STARTS:
             self._start()
         return outcome
 
-    def _try_again(self, crew: Crew, reason: str) -> Outcome | None:
-        """Put the job of a crew back on the list, or give it up."""
-        job = crew.job
-        assert job is not None
-        frames = saved_frames(job.output)
-        deaths, frames_before = self._deaths.get(job.output, (0, frames))
-        deaths = 1 if frames > frames_before else deaths + 1
-        self._deaths[job.output] = deaths, frames
-        if deaths == TRIES:
-            return Outcome(job, "failed", reason=f"{reason} ({TRIES} times in a row)", worker=crew.name)
+    def _try_again(self, job: Job, reason: str) -> Outcome | None:
+        """Put a job back on the list, or give it up."""
+        deaths = self._deaths.get(job.output, Deaths()).one_more(job.output)
+        self._deaths[job.output] = deaths
+        if deaths.too_many:
+            return Outcome(job, "failed", reason=f"{reason} ({deaths.count} times in a row)")
         print_note(f"{job.output}: {reason}; it is tried again")
         self._todo.append(job)
         return None

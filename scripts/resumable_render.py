@@ -196,12 +196,11 @@ def discard(output: Path, keep_part: bool = False) -> None:
         files.part.unlink(missing_ok=True)
 
 
-def saved_frames(output: Path) -> int:
-    """Pixel frames of an unfinished video that its saved state covers; 0 where there is none."""
-    try:
-        return Progress.of_folder(OutputFiles(output).resume_folder).frames
-    except ValueError:
-        return 0
+def count_segments(output: Path) -> int:
+    """Segments that are kept of an unfinished video: one that gets on has more."""
+    folder = OutputFiles(output).resume_folder
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sum(bool(_SEGMENTS.fullmatch(name)) and ".part" not in name for name in names)
 
 
 def _render_segment(
@@ -255,9 +254,9 @@ def _kept_on_failure(output: Path, progress: Progress, still_held: StillHeld) ->
             frames = _join_playable(covered, rest[:1], part)
             notes.append(f"{frames} frames are in '{part}'")
         # Asked of the folder: the error may have come right after a state was saved.
-        saved = saved_frames(output)
-        if saved:
-            notes.append(f"{saved} frames are saved; run the same command with --resume to go on from there")
+        saved_frames = _saved_frames(folder)
+        if saved_frames:
+            notes.append(f"{saved_frames} frames are saved; run the same command with --resume to go on from there")
         elif notes or not rest:
             discard(output, keep_part=True)
         error.__notes__ = notes or getattr(error, "__notes__", [])  # instead of the segment writer's
@@ -270,6 +269,14 @@ def _join_playable(covered: list[Path], rest: list[Path], output: Path) -> int:
         return join_segments([*covered, *rest], output)
     except (ValueError, VideoWriteError):
         return join_segments(covered, output)
+
+
+def _saved_frames(folder: Path) -> int:
+    """Pixel frames in the segments that the saved state covers; 0 where there is none."""
+    try:
+        return Progress.of_folder(folder).frames
+    except ValueError:
+        return 0
 
 
 def _check_segment(path: Path, expected: Segment) -> None:

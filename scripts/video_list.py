@@ -9,13 +9,16 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from wan_autoregressive.scripts.deaths import note_deaths
 from wan_autoregressive.scripts.earlier_runs import finished_seed
 from wan_autoregressive.scripts.errors import VideoIsWholeError, print_error, print_note
 from wan_autoregressive.scripts.generate_inputs import Job
 from wan_autoregressive.scripts.interrupts import SoftStop
 from wan_autoregressive.scripts.output_lease import OutputLeases
+from wan_autoregressive.scripts.output_lock import StillHeld
 from wan_autoregressive.scripts.render_job import Outcome, RenderWorker, config_of
 
 POLL_S = 2.0
@@ -46,7 +49,14 @@ def render_shared(
     Each run gives an outcome for each job: `already there` for what others made.
     """
     jobs[0].output.parent.mkdir(exist_ok=True)
-    worker = dataclasses.replace(worker, hold=(leases or OutputLeases()).hold)
+    leases = leases or OutputLeases()
+
+    @contextmanager
+    def hold(output: Path) -> Iterator[StillHeld]:
+        with leases.hold(output) as still_held, note_deaths(output, still_held):
+            yield still_held
+
+    worker = dataclasses.replace(worker, hold=hold)
     left, told = list(jobs), False
     while left:
         held = []

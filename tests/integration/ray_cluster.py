@@ -33,7 +33,8 @@ def local_ray(**resources: int) -> Iterator[None]:
     options = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 100_000_000}
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers import what stands in for a pipeline
+            # Workers import what stands in for a pipeline, and the examples.
+            patch.setenv("PYTHONPATH", os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 2)))
             ray.init(address="local", **resources, **options, _temp_dir=folder)
             yield
     finally:
