@@ -29,8 +29,8 @@ _known: "WeakKeyDictionary[torch.nn.Module, tuple[Any, WeightsFingerprint]]" = W
 def weights_fingerprint(model: torch.nn.Module) -> WeightsFingerprint:
     """The fingerprint of a model's parameters and persistent buffers.
 
-    Computed once per model, and again after weights were replaced, changed in place or moved. Of weights that are split
-    over several ranks it is that of the whole, which all of these ranks compute at the same time.
+    Computed once per model, and again after weights were replaced, changed in place or moved. Of weights that are
+    split over several ranks it is that of the whole, which all of these ranks compute at the same time.
     """
     tensors = sorted((name.replace("_orig_mod.", ""), tensor) for name, tensor in _tensors(model).items())
     adapters = _adapters(model)
