@@ -66,10 +66,10 @@ def _digest_values(tensors: list[torch.Tensor]) -> str | None:
     # One copy per device and dtype: one for each tensor would wait for the device a thousand times.
     groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for tensor in tensors:
-        is_split = isinstance(tensor, DTensor)
-        flat = (tensor.full_tensor() if is_split else tensor).detach().reshape(-1)
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        flat = whole.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)]
-        sample = sample.clone() if is_split else sample  # of a whole that is not kept
+        sample = sample if whole is tensor else sample.clone()  # of a whole that is not kept
         groups.setdefault((tensor.dtype, tensor.device), []).append(sample)
     on_cpu = {
         key: iter(torch.cat(samples).cpu().split([sample.numel() for sample in samples]))
