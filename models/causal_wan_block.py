@@ -50,8 +50,11 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         value = value.unflatten(2, (attn.heads, -1))
         query = None if keys_values_only else attn.norm_q(query).unflatten(2, (attn.heads, -1))
         if self.parallel is not None and rotary_emb is not None:  # whose tables are of the whole chunk
-            sent = [x for x in (key, value, query) if x is not None]
-            key, value, query = (*self.parallel.to_heads(rotary_emb[0].shape[1], *sent), None)[:3]
+            num_tokens = rotary_emb[0].shape[1]
+            if query is None:
+                key, value = self.parallel.to_heads(num_tokens, key, value)
+            else:
+                key, value, query = self.parallel.to_heads(num_tokens, key, value, query)
         if rotary_emb is not None and key_rotary_emb is None:
             key = rotate(key, *rotary_emb)
         if keys_values_only and kv_cache is not None:

@@ -30,8 +30,8 @@ _known: "WeakKeyDictionary[torch.nn.Module, tuple[Any, WeightsFingerprint]]" = W
 def weights_fingerprint(model: torch.nn.Module) -> WeightsFingerprint:
     """The fingerprint of a model's parameters and persistent buffers.
 
-    Computed once per model, and again after weights were replaced, changed in place or moved. Of weights split
-    over several ranks it is that of the whole, which all of these ranks compute at the same time.
+    Computed once per model, and again after weights were replaced, changed in place or moved. Of weights that are
+    split over several ranks it is that of the whole, which all of these ranks compute at the same time.
     """
     tensors = sorted((name.replace("_orig_mod.", ""), tensor) for name, tensor in _tensors(model).items())
     adapters = _adapters(model)
@@ -88,10 +88,10 @@ def _digest_values(tensors: list[torch.Tensor]) -> str | None:
     # One copy per device and dtype: one for each tensor would wait for the device a thousand times.
     groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for tensor in tensors:
-        is_split = isinstance(tensor, DTensor)
-        flat = (tensor.full_tensor() if is_split else tensor).detach().reshape(-1)
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        flat = whole.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)]
-        sample = sample.clone() if is_split else sample  # of a whole that is not kept
+        sample = sample if whole is tensor else sample.clone()  # of a whole that is not kept
         groups.setdefault((tensor.dtype, tensor.device), []).append(sample)
     on_cpu = {
         key: iter(torch.cat(samples).cpu().split([sample.numel() for sample in samples]))

@@ -49,7 +49,7 @@ class ParallelRollout(WanRollout):
     # An interruption counts from the step on at which all ranks have heard of it.
 
     @property
-    def interrupted(self) -> bool:  # type: ignore[override]
+    def interrupted(self) -> bool:
         """Whether the chunk under way ends early, or the video has ended."""
         return self._agreed
 

@@ -67,7 +67,7 @@ EXAMPLE_DOC_STRING = """
 class RolloutMaker(Protocol):
     """A class of rollouts, or what makes them."""
 
-    def __call__(self, components: WanComponents, config: RolloutConfig, **parts: Any) -> WanRollout: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> WanRollout: ...
     def load(
         self,
         components: WanComponents,

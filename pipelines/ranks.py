@@ -44,8 +44,8 @@ class Ranks:
     def __init__(self, talk: dist.ProcessGroup, timeout_s: float) -> None:
         self._talk = talk
         self.rank, self.count = dist.get_rank(talk), dist.get_world_size(talk)
-        self._store = dist.PrefixStore(self._talk.group_name, _get_default_store())
-        self._store.set(f"who/{self.rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        self._store = _get_default_store()
+        self._store.set(self._key("who", self.rank), f"process {os.getpid()} on {socket.gethostname()}")
         self._timeout_s = timeout_s
         self._failure: str | None = None
         self._turn = threading.Lock()
@@ -152,11 +152,11 @@ class Ranks:
         kind = "stopped" if isinstance(error, KeyboardInterrupt) else kind
         others = [rank for rank in range(self.count) if rank != self.rank]
         try:
-            self._store.set(f"end/{self.rank}", f"{kind} {words}")
+            self._store.set(self._key("end", self.rank), f"{kind} {words}")
             if kind == "failed":
                 return None
             if kind == "noticed":
-                keys = [f"end/{rank}" for rank in others]
+                keys = [self._key("end", rank) for rank in others]
                 with contextlib.suppress(dist.DistError, RuntimeError, KeyboardInterrupt):
                     self._store.wait(keys, timedelta(seconds=_ROLL_CALL_S))
             said = {rank: self._said(rank) for rank in others}
@@ -178,14 +178,17 @@ class Ranks:
 
     def _said(self, rank: int) -> tuple[str, str]:
         """How a rank ended and what it said, both empty if it said nothing."""
-        key = f"end/{rank}"
+        key = self._key("end", rank)
         if not self._store.check([key]):
             return "", ""
         kind, _, words = self._store.get(key).decode().partition(" ")
         return kind, words
 
     def _who(self, rank: int) -> str:
-        return str(self._store.get(f"who/{rank}").decode())
+        return str(self._store.get(self._key("who", rank)).decode())
+
+    def _key(self, of: str, rank: int) -> str:
+        return f"{self._talk.group_name}/{of}/{rank}"
 
     def _stay_heard(self) -> None:
         while not self._ended.wait(self._timeout_s / 3):

@@ -37,5 +37,5 @@ def _digest(value: Any) -> str:
     digest = hashlib.sha256(json.dumps(pack(value, tensors), sort_keys=True).encode())
     for tensor in tensors.values():
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 import parallel_models
 import torch
 import torch.distributed as dist
+from ranks import PEER_TIMEOUT
 
 from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
 from wan_autoregressive.pipelines.parallel_pipeline import parallel_rollouts
@@ -19,13 +20,13 @@ from wan_autoregressive.pipelines.state_folder import read_content
 
 PROMPT, OTHER = "a red circle moving right on a navy background", "a green square moving up on a black background"
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2}
-WINDOW = {"num_frames": 57, "window_frames": 7, "sink_frames": 2}  # 15 latent frames
+WINDOW = {"num_frames": 45, "window_frames": 7, "sink_frames": 2}  # 12 latent frames
 TEXT_ONLY = {"switch_policy": "cross_attention"}
 SWITCH = {**WINDOW, "prompt_schedule": {6: OTHER}}
 
 
 def source() -> list[np.ndarray]:
-    return list(np.random.default_rng(0).integers(0, 256, (49, 32, 32, 3), dtype=np.uint8))
+    return list(np.random.default_rng(0).integers(0, 256, (37, 32, 32, 3), dtype=np.uint8))
 
 
 VIDEOS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "cut": {**SWITCH, "switch_policy": "cut", "position_mode": "relative"},
     "blend": {**SWITCH, "switch_policy": "blend"},
     "flush": {**SWITCH, "switch_policy": "flush"},
-    "chunks of 1": {**WINDOW, "chunk_frames": 1},
+    "chunks of 1": {"num_frames": 21, "window_frames": 4, "sink_frames": 1, "chunk_frames": 1},
     "no window": {"num_frames": 33},
     "given frames": {**WINDOW, "video": source()[:9]},
     "video to video": {"window_frames": 7, "video": source(), "strength": 0.7},
@@ -87,7 +88,7 @@ def videos(names: list[str], pipe: WanAutoregressivePipeline | None = None) -> d
 def video_launch(names: list[str]) -> dict[str, Any]:
     """On rank 0."""
     pipe = demo()
-    with parallel_rollouts(pipe, timeout_s=20) as leads:
+    with parallel_rollouts(pipe, timeout_s=PEER_TIMEOUT) as leads:
         return videos(names, pipe) if leads else {}
 
 
@@ -95,7 +96,7 @@ def short_launch(names: list[str], folder: Path) -> dict[str, Any]:
     """Some forwards, and a video that is saved."""
     found: dict[str, Any] = {"models": parallel_models.model_launch(names)}
     pipe = demo()
-    with parallel_rollouts(pipe, timeout_s=20) as leads:
+    with parallel_rollouts(pipe, timeout_s=PEER_TIMEOUT) as leads:
         if leads:
             found["saved"] = _saved(start(pipe, **SAVED), folder)
     return found
@@ -113,7 +114,7 @@ def _saved(rollout: Any, folder: Path) -> dict[str, Any]:
 def verbs_launch(folder: Path) -> dict[str, Any]:
     """Every verb of a rollout on rank 0; see the tests for what they are compared with."""
     pipe = demo()
-    with parallel_rollouts(pipe, timeout_s=20) as leads:
+    with parallel_rollouts(pipe, timeout_s=PEER_TIMEOUT) as leads:
         return _verbs(pipe, folder) if leads else {}
 
 
@@ -188,7 +189,7 @@ def _refusal(pipe: WanAutoregressivePipeline, **options: Any) -> str:
 def decode_launch(folder: Path) -> dict[str, Any]:
     """The last rank decodes."""
     pipe = demo()
-    with parallel_rollouts(pipe, decode_on_last=True, timeout_s=20) as leads:
+    with parallel_rollouts(pipe, decode_on_last=True, timeout_s=PEER_TIMEOUT) as leads:
         if not leads:
             return {}
         found = {"alongside": made(start(pipe, **SAVED), decode_alongside=True)}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PEER_TIMEOUT = 20
+PEER_TIMEOUT = 120
 """Seconds that a rank waits for another one before it gives up."""
 
 _context = multiprocessing.get_context("forkserver")
@@ -31,7 +31,7 @@ class RankError(RuntimeError):
     raised_at = 0.0
 
 
-def run_ranks(target: Callable[..., Any], count: int, folder: Path, *args: Any, limit_s: float = 120) -> list[Any]:
+def run_ranks(target: Callable[..., Any], count: int, folder: Path, *args: Any, limit_s: float = 300) -> list[Any]:
     """What `target(*args)` returned on each of `count` ranks, in the order of ranks.
 
     Args:
@@ -50,7 +50,7 @@ def run_ranks(target: Callable[..., Any], count: int, folder: Path, *args: Any, 
 
 
 def start_ranks(
-    target: Callable[..., Any], count: int, folder: Path, *args: Any, limit_s: float = 120, lost: int | None = None
+    target: Callable[..., Any], count: int, folder: Path, *args: Any, limit_s: float = 300, lost: int | None = None
 ) -> list[Any]:
     """As `run_ranks`, with a `RankError` or, of a rank that was killed, `None` in the place of its result.
 

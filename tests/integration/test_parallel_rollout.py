@@ -16,7 +16,7 @@ def demo():
 @pytest.mark.parametrize("count", [2, 3])
 def test_every_way_to_make_a_video(demo, count, tmp_path):
     names = list(videos.VIDEOS)
-    found = run_ranks(videos.video_launch, count, tmp_path / "ranks", names, limit_s=400)[0]
+    found = run_ranks(videos.video_launch, count, tmp_path / "ranks", names, limit_s=600)[0]
     for name, expected in videos.videos(names, demo).items():
         got, heads = found[name], demo.transformer.config.num_attention_heads
         atol = 1e-3 if "kv_dtype" in videos.VIDEOS[name] else 1e-4
@@ -30,7 +30,7 @@ def test_every_way_to_make_a_video(demo, count, tmp_path):
 
 def test_every_verb(demo, tmp_path):
     expected = videos.expected_of_verbs(demo, tmp_path)
-    found = run_ranks(videos.verbs_launch, 2, tmp_path / "ranks", tmp_path, limit_s=400)[0]
+    found = run_ranks(videos.verbs_launch, 2, tmp_path / "ranks", tmp_path, limit_s=600)[0]
     assert "needs a generator" in found["refused"][0]
     assert "on_step_end" in found["refused"][1]
     for name, chunks in expected.items():
@@ -42,7 +42,7 @@ def test_every_verb(demo, tmp_path):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_last_rank_decodes(demo, count, tmp_path):
-    found = run_ranks(videos.decode_launch, count, tmp_path / "ranks", tmp_path / "state", limit_s=400)[0]
+    found = run_ranks(videos.decode_launch, count, tmp_path / "ranks", tmp_path / "state", limit_s=600)[0]
     whole = videos.made(videos.start(demo, **videos.SAVED))
     expected = {"alongside": whole, "forked": whole, "went on": whole, "resumed": whole}
     expected["recompute"] = videos.made(videos.start(demo, **videos.VIDEOS["recompute"]))
@@ -65,10 +65,10 @@ def test_the_last_rank_decodes(demo, count, tmp_path):
     ],
 )
 def test_the_others_name_the_rank_that_fails(demo, count, failing, how, said, tmp_path):
-    state, timeout_s = tmp_path / "state", 5.0
+    state, timeout_s = tmp_path / "state", 10.0
     lost = failing if how == "stop" else None
     arguments = (failing, how, state, timeout_s)
-    found = start_ranks(videos.failure_launch, count, tmp_path / "ranks", *arguments, limit_s=90, lost=lost)
+    found = start_ranks(videos.failure_launch, count, tmp_path / "ranks", *arguments, lost=lost)
     before, after = (part for part in said.split("{pid}"))
     for rank, result in enumerate(found):
         if rank == failing:
