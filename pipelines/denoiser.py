@@ -330,6 +330,7 @@ class Denoiser:
             expert.reset()
 
     def state_dict(self) -> dict[str, Any]:
+        """Prompts, and the caches of every expert and lane."""
         return {
             "prompt": self.prompt,
             "negative_prompt_embeds": self.negative_prompt_embeds,
@@ -337,6 +338,7 @@ class Denoiser:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` gave, on `device`."""
         self.prompt = state["prompt"]
         self.negative_prompt_embeds = state["negative_prompt_embeds"]
         self.split_lanes(len(state["experts"]) - len(self.experts) + 1)
