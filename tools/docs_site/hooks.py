@@ -4,6 +4,9 @@ The pages are read in the repository too, where they link to code by `../pipelin
 becomes a page of its own, with the code; a link to a file that is not there is an error, as every dead link.
 """
 
+# pyright: reportMissingImports=false
+# Only `make docs` installs what these import.
+
 import json
 import re
 from pathlib import Path

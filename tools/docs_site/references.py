@@ -1,5 +1,8 @@
 """Docstrings name classes as diffusers does, [`WanRollout`]; on the site that is a link where the API has the name."""
 
+# pyright: reportMissingImports=false
+# Only `make docs` installs what these import.
+
 import re
 from pathlib import Path
 from typing import Any
