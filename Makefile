@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest --numprocesses 2
 # Tests that compare bits, or with recordings: they have to hold whatever kernels torch picks for a CPU.
 EXACT := golden or test_rollout or streaming_vae or kv_cache or relative_positions or static_addresses or test_resume.py
 
-.PHONY: demo serve test test-browser test-kernels test-all test-plain-cpu check lint typecheck train-demo clean
+.PHONY: demo serve docs gallery test test-browser test-kernels test-all test-plain-cpu check lint typecheck train-demo clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +34,15 @@ demo: $(READY)
 
 serve: $(READY)
 	$(BIN)/wan-ar serve
+
+# Into build/site. A dead link, or a name of the API that is not there, is an error.
+docs: $(READY) $(LINKS)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Into outputs/gallery: the demo with the samplers, policies and presets that it makes sense for, on one page.
+gallery: $(READY)
+	$(BIN)/python tools/gallery.py outputs/gallery
 
 train-demo: $(READY)
 	$(BIN)/python -m examples.train_demo.train --output outputs/train-demo

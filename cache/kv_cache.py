@@ -357,6 +357,7 @@ class WanKVCache:
 
     @property
     def num_blocks(self) -> int:
+        """Transformer blocks whose keys and values are held."""
         return len(self.block_caches)
 
     @property

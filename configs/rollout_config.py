@@ -217,10 +217,12 @@ class RolloutConfig:
 
     @property
     def largest_chunk_frames(self) -> int:
+        """Latent frames of the longest chunk."""
         return max(self.chunk_frames, self.first_chunk_frames or 0)
 
     @property
     def do_classifier_free_guidance(self) -> bool:
+        """Whether there is a second branch, for the negative prompt."""
         return self.guidance_scale > 1.0
 
     @property

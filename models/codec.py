@@ -22,10 +22,17 @@ class ChunkDecoder(Protocol):
         frames, height, width)`: 1 frame for the video's first latent, `scale_factor_temporal` for each later one. A
         call that failed changes nothing."""
 
-    def reset(self) -> None: ...
-    def fork(self) -> Self: ...
-    def state_dict(self) -> dict[str, torch.Tensor]: ...
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None: ...
+    def reset(self) -> None:
+        """Begin another video."""
+
+    def fork(self) -> Self:
+        """A copy that goes on alone."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that the next call depends on."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
 
 
 class ChunkEncoder(Protocol):
@@ -46,7 +53,8 @@ class VideoCodec(Protocol):
     """A VAE as a rollout sees it."""
 
     @property
-    def vae(self) -> torch.nn.Module: ...
+    def vae(self) -> torch.nn.Module:
+        """The module, for its weights, device and dtype."""
 
     latent_channels: int
     scale_factor_spatial: int

@@ -192,6 +192,7 @@ class Denoiser:
             expert.reset()
 
     def state_dict(self) -> dict[str, Any]:
+        """Prompts, and the caches of every expert and lane."""
         return {
             "prompt": self.prompt,
             "negative_prompt_embeds": self.negative_prompt_embeds,
@@ -200,6 +201,7 @@ class Denoiser:
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from what `state_dict` gave, on `device`."""
         self.prompt = state["prompt"]
         self.negative_prompt_embeds = state["negative_prompt_embeds"]
         for expert, saved in zip(self.experts, state["experts"], strict=True):

@@ -495,10 +495,12 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
+        """Of the last `__call__`."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
+        """Whether the last `__call__` had guidance."""
         return self._guidance_scale > 1.0
 
     @property
@@ -508,6 +510,7 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
+        """Whether a callback has asked the last `__call__` to stop."""
         return self._interrupt
 
     # Inputs.

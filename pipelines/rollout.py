@@ -355,6 +355,7 @@ class WanRollout:
 
     @property
     def negative_prompt_embeds(self) -> torch.Tensor | None:
+        """`(batch, text_tokens, text_dim)` of the negative prompt, with guidance."""
         return self.denoiser.negative_prompt_embeds
 
     @property

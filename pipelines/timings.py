@@ -63,6 +63,7 @@ class StageTimings:
         return self._seconds("preview")
 
     def as_dict(self) -> dict[str, float]:
+        """All of them by name, `text_s` and so on."""
         names = ("text", "encode", "denoise", "clean_pass", "decode")
         return {f"{name}_s": self._seconds(name) for name in names}
 

@@ -34,13 +34,19 @@ class SamplingContext:
     """What a sampler works with. The rollout owns it all."""
 
     config: RolloutConfig
+    """The settings as they are now."""
     grid: FrameGrid
+    """How the video is divided into chunks."""
     denoiser: Denoiser
+    """What predicts the flow of frames, and writes the cache."""
     schedulers: Schedulers
+    """Of the first generated chunk, and of all later ones."""
     noise: NoiseSource
+    """Draws the noise of the video in the documented order."""
     history: LatentHistory
     """Clean latents of the chunks that are done."""
     observer: StepObserver
+    """Is told of every denoising step; gives back the latents to go on with."""
     encode: Callable[[torch.Tensor], torch.Tensor]
     """Latents of pixels `(batch, 3, frames, height, width)` in [-1, 1], as a video of their own."""
     given_latents: torch.Tensor | None = None

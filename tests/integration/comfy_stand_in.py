@@ -27,7 +27,7 @@ class Comfy:
         self.previews: list[tuple[int, int, Any]] = []
         self.cancel_after: int | None = None
         self.checks = 0
-        self._kept: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        self.kept: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         self.ran: list[str] = []
         management, utils, comfy = ModuleType("comfy.model_management"), ModuleType("comfy.utils"), ModuleType("comfy")
         management.throw_exception_if_processing_interrupted = self._check_cancelled
@@ -87,13 +87,13 @@ class Comfy:
             signature.append((key, value))
         if hasattr(node, "IS_CHANGED"):
             signature.append(node.IS_CHANGED(**values))
-        kept = self._kept.get(wanted)
+        kept = self.kept.get(wanted)
         if kept is None or kept[0] != signature:
             self.ran.append(wanted)
             kept = (signature, getattr(node(), node.FUNCTION)(**values))
             assert isinstance(kept[1], tuple)
             assert len(kept[1]) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
-            self._kept[wanted] = kept
+            self.kept[wanted] = kept
         return kept
 
 

@@ -57,8 +57,10 @@ def test_call_signature(modular):
     "inputs",
     [
         {},
-        {"prompt": ["a red circle", "a blue square"], "num_videos_per_prompt": 2},
-        {"guidance_scale": 2.0, "negative_prompt": "a blue square"},
+        pytest.param(
+            {"prompt": ["a red circle", "a blue square"], "num_videos_per_prompt": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param({"guidance_scale": 2.0, "negative_prompt": "a blue square"}, marks=pytest.mark.slow),
         {"output_type": "pt", "image": torch.rand(1, 3, 32, 32, generator=generator(3))},
         {"sampler": "rolling", "position_mode": "sink_relative", "window_frames": 24},
     ],
@@ -69,6 +71,7 @@ def test_same_frames_as_the_pipeline(modular, pipe, inputs):
     assert np.array_equal(run(modular, **inputs), expected)
 
 
+@pytest.mark.slow
 def test_batch_equals_single(modular):
     single = run(modular, output_type="pt")
     prompts, generators = ["a red circle", "a blue square"], [generator(0), generator(1)]

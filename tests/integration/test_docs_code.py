@@ -1,0 +1,41 @@
+"""Every block of code on a page runs as it stands, one after the other, in one folder; so do the figures' tool."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from doc_pages import HELD_ELSEWHERE, PAGES, ROOT, blocks_of
+
+from tools import docs_figures
+
+RUN = [
+    page
+    for page, text in PAGES.items()
+    if page not in HELD_ELSEWHERE and any(not block.reason for block in blocks_of(text))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN)
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    names = {"__name__": "__main__"}
+    for number, block in enumerate(blocks_of(PAGES[page])):
+        if block.reason:
+            continue
+        code = block.code.replace("PATH_OF_THIS_FOLDER", str((ROOT / page).parent))
+        if block.language == "python":
+            exec(compile(code, f"{page}, block {number}", "exec"), names)
+        else:
+            done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], capture_output=True, text=True)
+            assert done.returncode == 0, f"{page}, block {number}: {done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_figures_are_what_is_drawn():
+    """`python tools/docs_figures.py` draws them anew."""
+    for name, svg in docs_figures.figures().items():
+        assert (docs_figures.IMAGES / name).read_text() == svg, name
