@@ -5,6 +5,7 @@
 - `compiled`: against `torch.compile`
 - `alongside`: decoding while the next chunk is denoised
 - `sweep`: window, resolution, chunk size, position mode, storage of the cache
+- `stream_batch`: steps of several chunks as one batch against one chunk after the other
 - `long_rollout`: does the time per chunk grow?
 - `gpu`: all that needs a GPU, in one command (`docs/GPU.md`)
 - `drift`: what changes over the length of any video (`docs/EVALUATION.md`)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from wan_autoregressive.cache import AdaptiveSink, LaneCaches, WanKVCache
+from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.static_buffers import StaticBuffers
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.conditions import ConditionMemory
@@ -141,6 +142,8 @@ class Expert:
         """`latents` are those of all windows, which are one for each lane, behind each other in the batch."""
         transformer, timesteps = self.transformer, [window.timesteps for window in windows]
         latents = self._with_image(latents, windows)
+        if len(windows) > 1:  # fewer of them at the end of a video
+            mark_dynamic(latents, dim=0)
         plan = transformer.plan_forward(
             latents,
             cache,
