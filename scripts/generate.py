@@ -101,9 +101,7 @@ def _worker(
         yield worker
 
 
-def _worker_elsewhere(
-    arguments: GenerateArguments, tell: Callable[[str], None]
-) -> AbstractContextManager[RenderWorker | None]:
+def _worker_elsewhere(arguments: GenerateArguments, tell: Callable[[str], None]) -> AbstractContextManager[Any]:
     """Load the model in another process than the one that read the flags. None where this one has followed another."""
     if several_ranks.own_rank():
         several_ranks.follow(arguments)
