@@ -137,11 +137,10 @@ class Expert:
         name, dtype = ("latents", latents.shape[2]), self.transformer.dtype
         if self.image is None:
             return self._inputs.copy_in(name, latents, dtype)
-        parts = latents, self.image.of(frames)
-        channels = sum(part.shape[1] for part in parts)
-        joined = self._inputs.empty(name, (len(latents), channels, *latents.shape[2:]), dtype, latents.device)
-        for part, place in zip(parts, joined.split([part.shape[1] for part in parts], dim=1), strict=True):
-            place.copy_(part)
+        batch_size, channels, *size = latents.shape
+        condition = self.image.of(frames)
+        joined = self._inputs.empty(name, (batch_size, channels + condition.shape[1], *size), dtype, latents.device)
+        joined[:, :channels], joined[:, channels:] = latents, condition
         return joined
 
     @property

@@ -29,7 +29,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(v, id=name, marks=pytest.mark.slow if name == "pair" else ()) for name, v in VARIANTS.items()],
+)
 def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     workload = make_workload(**{"layers": 2, "steps": 2, **changes})
     estimate = estimate_memory(workload)
