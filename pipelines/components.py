@@ -130,6 +130,11 @@ class WanComponents:
         config = self.transformer.config
         return config.in_channels - config.out_channels
 
+    @property
+    def attends_to_image(self) -> bool:
+        """Whether the cross-attention of the transformer sees an image beside the prompt."""
+        return self.transformer.config.image_dim is not None
+
     # Where, and how large.
 
     @property

@@ -58,13 +58,12 @@ def encode_image_condition(
     pixels = components.preprocess_pixels([image], height, width)
     latents = _image_then_grey(codec.encoder(), pixels, geometry.scale_factor_temporal, total_frames)
     mask = latents.new_zeros(len(latents), geometry.scale_factor_temporal, *latents.shape[2:])
-    mask[:, :, 0] = 1  # all pixel frames of the first latent frame count as given, which is one
+    mask[:, :, 0] = 1  # a channel for each pixel frame of a later latent frame; the first one is all image
     channels = expand_to_batch(torch.cat([mask, latents], dim=1), batch_size, "image").to(components.device)
-    embeds = None
-    if components.image_encoder is not None:
-        transformer = components.transformer
-        embeds = components.image_encoder.encode(image).to(components.device, transformer.dtype)
-        embeds = expand_to_batch(embeds, batch_size, "image")
+    embeds, encoder = None, components.image_encoder
+    if encoder is not None and components.attends_to_image:
+        embeds = expand_to_batch(encoder.encode(image), batch_size, "image")
+        embeds = embeds.to(components.device, components.transformer.dtype)
     return ImageCondition(channels, embeds)
 
 

@@ -139,7 +139,7 @@ def check_image(components: WanComponents, image: Any) -> None:
             "this transformer is conditioned on a first and a last frame, and a video that grows has no last one; use "
             "one for image to video"
         )
-    if config.image_dim is not None and components.image_encoder is None:
+    if components.attends_to_image and components.image_encoder is None:
         raise ValueError(
             "this transformer attends to the image, and this pipeline lacks the image_encoder or the image_processor "
             "for it; load the whole folder, or add them"

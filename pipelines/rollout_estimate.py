@@ -49,7 +49,7 @@ def estimate_rollout(
         cache_bytes = caches * transformer.kv_cache_bytes(tokens, batch_size, cache)
     # As many numbers per token as the self-attention has. An image's are the same under both prompts.
     text_bytes = experts * config.num_branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
-    if components.condition_channels and components.image_encoder is not None:
+    if components.attends_to_image and components.image_encoder is not None:
         text_bytes += experts * transformer.kv_cache_bytes(components.image_encoder.num_tokens, batch_size)
     if codec is not None:
         vae_bytes = codec.state_bytes(batch_size, config.height, config.width)

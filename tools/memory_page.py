@@ -146,7 +146,7 @@ def row(model: str, settings: str) -> Row:
     args = parser.parse_args(["estimate", *words.split()])
     computed = estimate_memory(workload_of(args), args.weights)
     most = computed.most_bytes
-    one_at_a_time = max(most["transformer_alone"], most["vae_alone"])
+    one_at_a_time = max(most["transformer_alone"], most["vae_alone"], computed.text_encoder_bytes)
     ways = most["all_models"], most["without_text_encoder"], one_at_a_time
     return Row(
         command=f"wan-ar estimate {words}",

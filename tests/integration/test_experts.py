@@ -337,6 +337,7 @@ def test_states_of_one_transformer_and_of_two_do_not_mix(pair, pipe, tmp_path):
         pair.resume(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_converted_from_two_files(folder, tmp_path):
     """In the original names, as training scripts save them."""
     weights = {}
@@ -357,6 +358,7 @@ def test_converted_from_two_files(folder, tmp_path):
     assert np.array_equal(frames_of(made), frames_of(expected))
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_both(capsys):
     sizes = replace(ModelSizes.of_preset("demo"), experts=2)
     workload = make_workload(sizes, layers=1, chunks=3, steps=4, window_frames=6)

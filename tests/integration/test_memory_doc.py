@@ -36,6 +36,7 @@ def test_the_figures_are_what_the_command_prints(capsys):
     assert most == tuple(human_bytes(made.most[way]) for way in ("all models on it", "text encoder off it"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES[:-1], ids=["torchao", "gguf", "float8"])
 def test_a_recipe_runs(recipe, tiny_checkpoint, pipe, tmp_path):
     package = {"int8": "torchao", "gguf": "gguf"}.get(next(iter(re.findall("gguf|int8", recipe)), ""))

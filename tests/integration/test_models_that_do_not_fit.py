@@ -36,6 +36,7 @@ def with_vae(pipe, vae) -> WanAutoregressivePipeline:
     return WanAutoregressivePipeline(**{**pipe.components, "vae": vae})
 
 
+@pytest.mark.slow
 def test_the_vae_of_another_model(pipe, wan22, monkeypatch):
     message = "the VAE has {} latent channels and the transformer {}: they are of different models .* load the VAE"
     refuses(with_vae(pipe, wan22.vae), monkeypatch, message.format(48, 16))
@@ -59,6 +60,7 @@ def test_a_solver_and_a_sampler(pipe, monkeypatch, settings, message):
     refuses(pipe, monkeypatch, message, **settings)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_them_in_a_line(tiny_checkpoint, tmp_path, capsys):
     small_vae(z_dim=48, patch_size=2, scale_factor_spatial=16).save_pretrained(tmp_path / "tiny48")
     pair = make_a14b_folder(tmp_path / "pair")
@@ -87,6 +89,7 @@ def test_the_command_refuses_them_in_a_line(tiny_checkpoint, tmp_path, capsys):
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_latents_of_another_model(pipe, wan22):
     with pytest.raises(ValueError, match=r"video_latents has shape .*this video needs \(1, 16, 1, 4, 4\)"):
         pipe.rollout("x", video_latents=torch.zeros(1, 48, 1, 4, 4))

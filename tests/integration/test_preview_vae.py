@@ -39,6 +39,7 @@ def test_both_decode_the_same_latents(pipe, tiny, previewed, alongside):
     assert [len(chunk.preview[0]) for chunk in chunks] == [9, 12, 12, 2]
 
 
+@pytest.mark.slow
 def test_the_preview_comes_before_the_frames(pipe, tiny, previewed, monkeypatch):
     rollout, seen = start(pipe, **OPTIONS, preview_vae=tiny), []
     decode = rollout.vae_decoder.decode
@@ -51,6 +52,7 @@ def test_the_preview_comes_before_the_frames(pipe, tiny, previewed, monkeypatch)
     assert_previews(seen[::2], previewed[:2])
 
 
+@pytest.mark.slow
 def test_alone_beside_latents(pipe, tiny, previewed):
     chunks = list(start(pipe, **{**OPTIONS, "output_type": "latent"}, preview_vae=tiny))
     assert all(chunk.frames is None for chunk in chunks)
@@ -59,6 +61,7 @@ def test_alone_beside_latents(pipe, tiny, previewed):
     assert np.array_equal((whole * 255).round().astype(np.uint8), expected)
 
 
+@pytest.mark.slow
 def test_saved_forked_and_begun_again(pipe, tiny, previewed, tmp_path):
     rollout = start(pipe, **OPTIONS, preview_vae=tiny)
     rollout.step()
@@ -76,6 +79,7 @@ def test_saved_forked_and_begun_again(pipe, tiny, previewed, tmp_path):
     assert_previews(list(rollout), previewed)
 
 
+@pytest.mark.slow
 def test_in_a_session(pipe, tiny, previewed):
     session = RolloutSession(start(pipe, **OPTIONS, preview_vae=tiny), snapshots=2)
     made = [session.get().chunk for _ in range(2) if session.advance()]

@@ -146,6 +146,7 @@ def test_a_lora_is_merged(hub: SmallHub, tmp_path: Path) -> None:
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_pair(hub: SmallHub, tmp_path: Path) -> None:
     pair = make_a14b_folder(tmp_path / "pair")
     hub.add_folder("Wan-AI/Wan2.2-T2V-A14B-Diffusers", pair)
@@ -267,6 +268,7 @@ def test_the_endpoint_of_the_environment(hub: SmallHub, tmp_path: Path) -> None:
     assert (checkpoint_folder("self-forcing") / "transformer").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

@@ -88,7 +88,8 @@ FORMATS = {
 MARKS = {
     "int8": [has("torchao")],
     "int8 dynamic": [has("torchao"), pytest.mark.slow],
-    "Q8_0": [has("gguf")],
+    "float8": [pytest.mark.slow],
+    "Q8_0": [has("gguf"), pytest.mark.slow],
     "Q4_0": [has("gguf"), pytest.mark.slow],
 }
 
@@ -145,6 +146,7 @@ def bytes_of(weight: torch.Tensor) -> int:
     return weight.as_subclass(torch.Tensor).nbytes
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(quantized, tmp_path):
     expected = list(start(quantized))
     rollout = start(quantized)
@@ -165,6 +167,7 @@ def test_a_state_knows_the_format_of_its_weights(form, quantized, tiny_checkpoin
         quantized.resume(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_the_fingerprint_sees_one_changed_number(quantized, form, tiny_checkpoint):
     other = form.load(tiny_checkpoint).transformer
     weight = other.state_dict()["blocks.0.attn1.to_q.weight"]

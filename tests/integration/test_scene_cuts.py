@@ -232,7 +232,13 @@ VIDEOS = {
 }
 
 
-@pytest.mark.parametrize("shots", VIDEOS.values(), ids=VIDEOS.keys())
+SLOW = ("a given frame, guidance", "guidance, clean re-cache")
+
+
+@pytest.mark.parametrize(
+    "shots",
+    [pytest.param(v, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, v in VIDEOS.items()],
+)
 def test_equals_a_list_of_frames(pipe, shots):
     latents = pipe(**shots.arguments(), output_type="latent").frames
     torch.testing.assert_close(latents, naive_video(pipe, shots), rtol=0, atol=2e-5)
