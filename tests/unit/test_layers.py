@@ -15,8 +15,8 @@ FOLDERS = ["cache", "configs", "media", "models", "pipelines", "schedulers", "sc
 # From the ground up; what stands in one tuple does not import each other.
 LAYERS = [("configs",), ("cache", "schedulers", "media"), ("models",), ("pipelines",), ("server",), ("scripts",)]
 PIPELINE_LAYERS = [
-    *(("components",), ("denoiser",), ("samplers",), ("switching",), ("rollout",), ("session",)),
-    ("pipeline_wan_autoregressive",),
+    *(("ranks",), ("components",), ("denoiser",), ("samplers",), ("switching",), ("rollout",)),
+    *(("parallel_rollout",), ("session",), ("pipeline_wan_autoregressive",), ("parallel_pipeline",)),
 ]
 
 EDGES = """
