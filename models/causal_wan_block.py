@@ -57,7 +57,8 @@ class CausalWanAttnProcessor(WanAttnProcessor):
                 key, value, query = self.parallel.to_heads(num_tokens, key, value, query)
         if rotary_emb is not None and key_rotary_emb is None:
             key = rotate(key, *rotary_emb)
-        if keys_values_only and kv_cache is not None:
+        if query is None:
+            assert kv_cache is not None
             kv_cache.write(key, value)
             return hidden_states
         if rotary_emb is not None:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
+from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
 
 
 def split_weights(
@@ -28,6 +29,7 @@ def split_weights(
     for block in transformer.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(transformer, mesh=mesh, reshard_after_forward=True)
+    weights_fingerprint(transformer)  # it takes all ranks, and a video is saved and resumed by one of them
 
 
 def held_bytes(transformer: torch.nn.Module) -> int:

@@ -137,11 +137,7 @@ class ParallelRollouts:
             ValueError: no generator, since every rank would draw other noise, or a function that is called after each
                 step, since the others would not get what it returns. On all ranks: one of them has other models.
         """
-        if parts.get("generator") is None:
-            raise ValueError(
-                "a video on several ranks needs a generator with a seed: without one every rank draws other noise"
-            )
-        _check_no_callback(parts.get("on_step_end"))
+        _check_fit(parts.get("generator"), parts.get("on_step_end"))
         components = self._decoded_elsewhere(components)
         if parts.get("source") is not None:
             parts["source"] = SharedSource(self.ranks, components.device, parts["source"])
@@ -159,9 +155,9 @@ class ParallelRollouts:
         on_step_end: StepCallback | None = None,
     ) -> ParallelRollout:
         """As [`WanRollout.load`]; no other rank reads the folder."""
-        _check_no_callback(on_step_end)
         components = self._decoded_elsewhere(components)
         config, state = read_rollout_state(folder, components)
+        _check_fit(state["noise"]["generator"], on_step_end)
         with self._turn(config, state):
             rollout = self._of_state(components, config, state, generator_device)
         return rollout
@@ -276,7 +272,11 @@ def _change_heads(state: dict[str, Any], change: ChangeHeads) -> None:
             lanes["lanes"] = [change_heads(cache, change) for cache in lanes["lanes"]]
 
 
-def _check_no_callback(on_step_end: StepCallback | None) -> None:
+def _check_fit(generator: Any, on_step_end: StepCallback | None) -> None:
+    if generator is None:
+        raise ValueError(
+            "a video on several ranks needs a generator with a seed: without one every rank draws other noise"
+        )
     if on_step_end is not None:
         raise ValueError(
             "on_step_end (callback_on_step_end) runs on rank 0 only, and the other ranks would not get the latents "

@@ -51,6 +51,7 @@ def main(words: Sequence[str]) -> int:
     if arguments.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return 0
+    several_ranks.check(arguments)
     if several_ranks.own_rank():  # not the first one, which does all that follows
         several_ranks.follow(arguments)
         return 0

@@ -23,6 +23,17 @@ def own_rank() -> int | None:
     return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
+def check(arguments: GenerateArguments) -> None:
+    """Raise `ValueError` for flags that mean nothing to this process or its ranks."""
+    if arguments.decode_rank and own_rank() is None:
+        raise ValueError(
+            "--decode-rank lets the last of several processes decode, and this one is alone; start them by torchrun "
+            "--nproc-per-node N -m wan_autoregressive.scripts.cli generate"
+        )
+    if not arguments.rank_timeout > 0:
+        raise ValueError(f"--rank-timeout must be more than 0 seconds, got {arguments.rank_timeout:g}")
+
+
 def follow(arguments: GenerateArguments) -> None:
     """On a rank other than the first: do this rank's part until rank 0 ends.
 

@@ -41,7 +41,7 @@ VIDEOS: dict[str, dict[str, Any]] = {
     "cut": {**SWITCH, "switch_policy": "cut", "position_mode": "relative"},
     "blend": {**SWITCH, "switch_policy": "blend"},
     "flush": {**SWITCH, "switch_policy": "flush"},
-    "chunks of 1": {"num_frames": 21, "window_frames": 4, "sink_frames": 1, "chunk_frames": 1},
+    "chunks of 1": {**WINDOW, "num_frames": 21, "window_frames": 4, "chunk_frames": 1, "height": 48, "width": 48},
     "no window": {"num_frames": 33},
     "given frames": {**WINDOW, "video": source()[:9]},
     "video to video": {"window_frames": 7, "video": source(), "strength": 0.7},

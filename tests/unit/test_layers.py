@@ -26,8 +26,8 @@ LAYERS = [
     ("integrations",),
 ]
 PIPELINE_LAYERS = [
-    *(("components",), ("denoiser",), ("samplers",), ("switching",), ("rollout",), ("session",)),
-    ("pipeline_wan_autoregressive",),
+    *(("ranks",), ("components",), ("denoiser",), ("samplers",), ("switching",), ("rollout",)),
+    *(("parallel_rollout",), ("session",), ("pipeline_wan_autoregressive",), ("parallel_pipeline",)),
 ]
 
 EDGES = """
