@@ -36,8 +36,8 @@ def make_chunks(rollout: WanRollout, num_chunks: int) -> torch.Tensor:
 
 def _host(num_chunks: int) -> Host:
     """What raises once Cancel was pressed, and a progress bar. Imported here: only ComfyUI has them."""
-    import comfy.model_management
-    import comfy.utils
+    import comfy.model_management  # pyright: ignore[reportMissingImports]
+    import comfy.utils  # pyright: ignore[reportMissingImports]
 
     return comfy.model_management.throw_exception_if_processing_interrupted, comfy.utils.ProgressBar(num_chunks)
 
