@@ -203,7 +203,7 @@ class Crews:
             self._start_error = _reason(error)
         elif crew.job is not None:
             outcome = self._try_again(crew.job, f"worker {crew.name} ended: {_reason(error)}")
-        if self._failed_starts < MOST_FAILED_STARTS:
+        if self._failed_starts < MOST_FAILED_STARTS and len(self._todo) > len(self._idle):
             self._start()
         return outcome
 

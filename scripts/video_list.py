@@ -40,16 +40,14 @@ def render_in_order(worker: RenderWorker, jobs: Sequence[Job]) -> Iterator[Outco
         worker.stop.check()
 
 
-def render_shared(
-    worker: RenderWorker, jobs: Sequence[Job], leases: OutputLeases | None = None, poll_s: float = POLL_S
-) -> Iterator[Outcome]:
+def render_shared(worker: RenderWorker, jobs: Sequence[Job]) -> Iterator[Outcome]:
     """Render what no other run of the list is at, until every video is there or failed; what runs that died have
     begun is taken over.
 
     Each run gives an outcome for each job: `already there` for what others made.
     """
     jobs[0].output.parent.mkdir(exist_ok=True)
-    leases = leases or OutputLeases()
+    leases = OutputLeases()
 
     @contextmanager
     def hold(output: Path) -> Iterator[StillHeld]:
@@ -71,7 +69,7 @@ def render_shared(
             if not told:
                 print_note(f"waiting for {len(held)} videos that other runs make")
             told = True
-            _sleep(poll_s, worker.stop)
+            _sleep(POLL_S, worker.stop)
         left = held
 
 
