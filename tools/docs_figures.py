@@ -4,6 +4,7 @@ The cache is asked which frames an attention sees; for the samplers every forwar
 checkpoint is written down. Nothing is drawn by hand, so a figure that differs from `docs/images/` shows a change.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,11 +40,10 @@ INK, SINK, WINDOW, CHUNK, CONTEXT = "#333", "#7a5195", "#9fb6cd", "#ef8250", "#2
 
 @dataclass
 class Forward:
-    """One forward of the transformer: its latent frames, the noise of each, and whether it only writes the cache."""
+    """One forward of the transformer: the noise of each latent frame, and whether it only writes the cache."""
 
-    frames: range
-    timesteps: tuple[float, ...]
-    is_context: bool
+    noise: dict[int, float]
+    is_context: bool = False
 
 
 @dataclass
@@ -57,12 +57,16 @@ class Timeline:
 @contextmanager
 def recorded(forwards: list[Forward]) -> Iterator[None]:
     """Write down every forward of every rollout inside of the block."""
-    originals = {name: getattr(Denoiser, name) for name in ("predict", "cache_context", "rewrite_context")}
+    names = ("predict", "cache_context", "rewrite_context", "_predict_together")
+    originals = {name: getattr(Denoiser, name) for name in names}
 
     def recording(name: str) -> Any:
-        def call(self: Denoiser, latents: torch.Tensor, window: Any, *rest: Any, **named: Any) -> Any:
-            forwards.append(Forward(window.frames, window.timesteps, name != "predict"))
-            return originals[name](self, latents, window, *rest, **named)
+        def call(self: Denoiser, latents: Any, windows: Any, *rest: Any, **named: Any) -> Any:
+            noise: dict[int, float] = {}
+            for window in windows if name == "_predict_together" else [windows]:  # lanes that share a forward
+                noise |= zip(window.frames, itertools.cycle(window.timesteps), strict=False)
+            forwards.append(Forward(noise, is_context="context" in name))
+            return originals[name](self, latents, windows, *rest, **named)
 
         return call
 
@@ -98,8 +102,7 @@ def record(pipe: WanAutoregressivePipeline, sampler: str) -> Timeline:
 def _move(forwards: list[Forward], start: int, context: int = 3) -> None:
     """Number the frames of a chunk that starts at frame `start`, and its context, by the video."""
     for forward in forwards:
-        shift = max(0, start - context)
-        forward.frames = range(forward.frames.start + shift, forward.frames.stop + shift)
+        forward.noise = {frame + max(0, start - context): level for frame, level in forward.noise.items()}
 
 
 def frames_in_view(chunks: int, chunk: int = 3, window: int = 12, sink: int = 3) -> list[list[int]]:
@@ -130,13 +133,12 @@ def draw_cache() -> str:
 
 
 def draw_timeline(sampler: str, timeline: Timeline) -> str:
-    rows = max(forward.frames.stop for forward in timeline.forwards)
+    rows = max(max(forward.noise) for forward in timeline.forwards) + 1
     drawing = Drawing(columns=len(timeline.forwards), rows=rows)
     for frame in range(0, rows, 3):
         drawing.label(LEFT - 6, TOP + frame * (CELL + GAP) + CELL - 2, str(frame), "end")
     for column, forward in enumerate(timeline.forwards):
-        levels = forward.timesteps if len(forward.timesteps) > 1 else forward.timesteps * len(forward.frames)
-        for frame, level in zip(forward.frames, levels, strict=True):
+        for frame, level in forward.noise.items():
             drawing.cell(column, frame, CONTEXT if forward.is_context else noise_color(level))
     for column, frames in timeline.handed_out:
         drawing.bracket(column, frames)
