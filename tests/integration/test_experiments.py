@@ -10,7 +10,7 @@ import torch
 import torch._inductor.config
 from PIL import Image
 
-from benchmarks import alongside, baselines, compiled, long_rollout, roofline, sweep
+from benchmarks import alongside, baselines, compiled, long_rollout, roofline, stream_batch, sweep
 from benchmarks.counting import count_step
 from benchmarks.experiment import Bench
 from wan_autoregressive.scripts.costs.build import build_pipeline, start_rollout
@@ -50,6 +50,14 @@ def test_the_roofline_does_the_pipelines_products_and_nothing_else(tmp_path):
     assert result["attention_calls"] == STEPS * 2 * 2 + 2
     assert len(result["bare_s"]) == len(result["pipeline_s"]) == 2
     assert min(result["efficiency"], result["cpu_time_efficiency"], result["bare_tflops_per_s"]) > 0
+
+
+def test_lanes_are_compared_with_chunks_one_by_one(tmp_path):
+    results = figures_of(stream_batch, tmp_path, "--no-vae", "--chunk-sizes", "1", "3")["stream_batch"]
+    assert [(result["chunk_frames"], result["rows"]) for result in results] == [(1, STEPS), (3, STEPS)]
+    for result in results:
+        assert len(result["chunkwise_s"]) == len(result["stream_batch_s"]) == 2
+        assert result["latency_ratio"] == pytest.approx(STEPS / result["throughput_ratio"])
 
 
 def test_a_baseline_without_a_cache_does_more_work(tmp_path, monkeypatch):
