@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.token_buffer import TokenBuffer
 
 
@@ -37,10 +38,9 @@ class AdaptiveSink:
         Args:
             cached: Keys and values as they are kept.
             frame: Those of the new frame, `(batch, frame_size, heads, head_dim)`.
-            held_frames (`int`): Frames that are in the cache; later ones are like nothing, 0.
+            held_frames (`int`): Sink frames that are there; the others are like nothing, 0.
         """
-        held = min(held_frames, self.sink_frames)
-        cosines = []
+        held, cosines = held_frames, []
         for buffer, new in zip(cached, frame, strict=True):
             sink = buffer.read(0, held * self.frame_size).unflatten(1, (held, self.frame_size))
             cosines.append(F.cosine_similarity(sink.mean(2).flatten(2), new.mean(1, keepdim=True).flatten(2), dim=-1))
@@ -64,21 +64,24 @@ class SinkQueue:
             self._state = torch.empty(2, rows, 2 + most + 1, dtype=torch.int64, device=device)
         self.reset()
 
-    def begin(self) -> None:
-        """A forward is about to write."""
+    def begin(self, start: int, stop: int) -> torch.Tensor:
+        """A forward is about to write rows from `start` to `stop`; returns what `next_slots` works on."""
         self._state[1].copy_(self._state[0])
+        rows = self._state[1, start:stop]
+        mark_dynamic(rows, dim=0)
+        return rows
 
     def commit(self) -> None:
         """It has succeeded."""
         self._state[0].copy_(self._state[1])
 
-    def next_slots(self, start: int, similarity: torch.Tensor, is_full: bool) -> torch.Tensor | None:
-        """The slots of a new frame, `(rows, frame_size)`, for rows from `start` on; `None` while the window fills.
+    def next_slots(self, state: torch.Tensor, similarity: torch.Tensor, is_full: bool) -> torch.Tensor | None:
+        """The slots of a new frame, `(rows, frame_size)`; `None` while the window fills.
 
         Args:
+            state: Of these rows, see `begin`.
             similarity (`torch.Tensor` of shape `(rows, sink_frames)`): Of the sink frames and the new one.
         """
-        state = self._state[1, start : start + len(similarity)]
         given_up, count, following = state[:, 2:], state[:, :1], state[:, 1:2]
         lowest, frame = similarity.min(dim=1, keepdim=True)
         given_up.scatter_(1, count, frame)

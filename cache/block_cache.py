@@ -99,7 +99,9 @@ class WanKVBlockCache:
         if slots is None or slots.chunk.device != device:
             past = None if plan.past is None else self._numbers("past", plan.past, device)
             slots = OpenSlots(self._numbers("chunk", plan.spans, device), past)
-        self._open = OpenWindow(self._key.window(length), self._value.window(length), slots, self.bank.held)
+        # What is seen by slot numbers is seen in all of the buffer, whose size never changes.
+        seen = length if plan.past is None else self._key.capacity
+        self._open = OpenWindow(self._key.window(seen), self._value.window(seen), slots, self.bank.held)
         return slots
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from wan_autoregressive.cache.adaptive_sink import AdaptiveSink, SinkQueue
 from wan_autoregressive.cache.block_cache import WanKVBlockCache
+from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.kv_cache import WanKVCache
 from wan_autoregressive.cache.open_window import OpenSlots, OpenWindow
 from wan_autoregressive.cache.positions import FramePositions
@@ -30,7 +31,7 @@ class LaneBlock:
         self._memory: tuple[TokenBuffer, TokenBuffer] | None = None
         self._open: OpenWindow | None = None
         self._queue: SinkQueue | None = None
-        self._first_row = 0
+        self._queue_rows: torch.Tensor | None = None
         self._held_frames = 0
         self._is_full = False
 
@@ -66,23 +67,25 @@ class LaneBlock:
         if slots is None or slots.chunk.device != device:
             own = torch.stack([lanes[lane].open_slots.chunk for lane in used]).repeat_interleave(batch, dim=0)
             slots = OpenSlots(self._slots.copy_in(("chunk", own.shape, device), own))
-        self._first_row = used.start * batch
-        block = lanes[used.start]
-        rows = [memory.rows(self._first_row, used.stop * batch) for memory in self._memory]
+            mark_dynamic(slots.chunk, dim=0)
+        block, first, last = lanes[used.start], used.start * batch, used.stop * batch
+        rows = [memory.rows(first, last) for memory in self._memory]
         length = block.planned_held
         self._open = OpenWindow(rows[0].window(length), rows[1].window(length), slots)
+        mark_dynamic(*self._open.key.parts, *self._open.value.parts, dim=0)
         if self._queue is not None:
-            self._queue.begin()
-            self._held_frames = block.window.state.length // self._queue.sink.frame_size
+            self._queue_rows = self._queue.begin(first, last)
+            held_frames = block.window.state.length // self._queue.sink.frame_size
+            self._held_frames = min(held_frames, self._queue.sink.sink_frames)
             self._is_full = block.planned_evicts
         return slots
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`WanKVBlockCache.write`], for a batch of the lanes that are used, lane after lane."""
         window, queue = self._needed_open(), self._queue
-        if queue is not None:
+        if queue is not None and self._queue_rows is not None:
             similarity = queue.sink.similarity((window.key, window.value), (key, value), self._held_frames)
-            slots = queue.next_slots(self._first_row, similarity, self._is_full)
+            slots = queue.next_slots(self._queue_rows, similarity, self._is_full)
             if slots is not None:
                 window = replace(window, slots=OpenSlots(slots))
         return window.write(key, value)
@@ -162,13 +165,15 @@ class LaneCaches:
 
     def begin_forward(
         self, num_tokens: int, like: torch.Tensor, keep: int | None = None, view: PastView | None = None
-    ) -> list[LaneBlock]:
-        """As [`WanKVCache.begin_forward`], of a batch of all lanes that are used."""
+    ) -> Sequence[LaneBlock | WanKVBlockCache]:
+        """As [`WanKVCache.begin_forward`], of a batch of all lanes that are used; a single one is a cache like any."""
         own = like[: len(like) // len(self._used)]
         for lane, start in zip(self._used, self._starts, strict=True):
             cache = self.lanes[lane]
             cache.enable_overwrite_mode() if self._newest[lane] == start else cache.enable_append_mode()
-            cache.begin_forward(num_tokens, own, keep, view)
+            blocks = cache.begin_forward(num_tokens, own, keep, view)
+        if len(self._used) == 1 and self._sink is None:
+            return blocks
         slots = None
         for index, block in enumerate(self._blocks):
             slots = block.open(self._of_block(index), self._used, slots)

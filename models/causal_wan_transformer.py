@@ -213,6 +213,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             geometry = tuple(map(tuple, runs)), len(hidden_states), height, width, hidden_states.device
             made = make() if memory is None else memory.rotary(name, geometry, make)
             mark_dynamic(*made)
+            if len(runs) > 1:
+                mark_dynamic(*made, dim=0)
             return made
 
         lanes = len(positions)

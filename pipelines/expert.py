@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from wan_autoregressive.cache import AdaptiveSink, LaneCaches, WanKVCache
+from wan_autoregressive.cache.dynamic_dims import mark_dynamic
 from wan_autoregressive.cache.static_buffers import StaticBuffers
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.conditions import ConditionMemory
@@ -137,6 +138,8 @@ class Expert:
         """
         transformer, lanes = self.transformer, len(timesteps)
         latents = self._inputs.copy_in(("latents", latents.shape[2], lanes), latents, transformer.dtype)
+        if lanes > 1:  # fewer of them at the end of a video
+            mark_dynamic(latents, dim=0)
         plan = transformer.plan_forward(
             latents,
             cache,

@@ -102,6 +102,10 @@ class MemoryBankSampler(ChunkwiseSampler):
 
     def _step_window(self, chunk: Chunk, timestep: float) -> Window:
         config, newest = self.context.config, None
+        if (
+            chunk.start == 0
+        ):  # there is no past that its steps could spoil; the context pass overwrites what they leave
+            return Window(chunk.frames, self._timesteps(chunk, timestep))
         if config.window_frames is not None:
             newest = config.window_frames - config.sink_frames - chunk.num_frames
         return Window(chunk.frames, self._timesteps(chunk, timestep), keep_frames=0, past=PastFrames(newest))

@@ -94,20 +94,37 @@ SAMPLERS = {
     },
     "stream_batch": {"sampler": "stream_batch", "switch_policy": "cross_attention"},
     "stream_batch, adaptive sink": {
-        **{"sampler": "stream_batch", "switch_policy": "cross_attention", "num_frames": 4 * 29 + 1},
+        **{"sampler": "stream_batch", "switch_policy": "cross_attention", "num_frames": 4 * 44 + 1},
         **{"chunk_frames": 1, "first_chunk_frames": 2, "sampler_options": {"adaptive_sink": 0.5}},
     },
 }
 
 
+@pytest.fixture
+def more_graphs():
+    """The limit that docs/SAMPLERS.md names."""
+    with torch._dynamo.config.patch(recompile_limit=16):
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_settles_on_a_few_graphs_for_each_block(name):
+def test_every_sampler_settles_on_a_few_graphs_for_each_block(name, more_graphs):
+    """Behind 40 steps, with a new prompt to come, each block runs 4 graphs at most."""
     torch._dynamo.reset()
     model = tiny_model()
-    expected = rollout_latents(model, **SAMPLERS[name])
+    options = {**SAMPLERS[name], "switch_frame": 33}
+    expected = rollout_latents(model, **options)
     graphs_of_block = count_graphs_by_block(model)
-    torch.testing.assert_close(rollout_latents(model, **SAMPLERS[name]), expected, rtol=0, atol=1e-5)
+
+    def forget_the_start(pipe, step, timestep, tensors):
+        if step < 40:
+            for graphs in graphs_of_block.values():
+                graphs.clear()
+        return {}
+
+    compiled = rollout_latents(model, **options, callback_on_step_end=forget_the_start)
+    torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
     assert {len(graphs) for graphs in graphs_of_block.values()} <= {1, 2, 3, 4}
 
 
