@@ -197,9 +197,13 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             keep = None if keep_frames is None else keep_frames * size
             past = None if view is None else view.in_tokens(size)
             block_caches = kv_cache.begin_forward(frames * size, like, keep, past)
-            rope = self.rope
-            planned = kv_cache.plan_positions(frame_offset, frames, size, rope.max_seq_len, rope.rotation)
-            positions = planned if isinstance(planned, list) else [planned]
+            geometry = frames, size, self.rope.max_seq_len, self.rope.rotation
+            if isinstance(kv_cache, LaneCaches):
+                assert not isinstance(frame_offset, int)
+                positions = kv_cache.plan_positions(frame_offset, *geometry)
+            else:
+                assert isinstance(frame_offset, int)
+                positions = [kv_cache.plan_positions(frame_offset, *geometry)]
 
         def tables(name: Hashable, runs: Sequence[Sequence[tuple[float, float]]]) -> RotaryEmbedding:
             """Of every lane's runs of positions; of one lane the same for the whole batch."""
@@ -210,8 +214,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 repeats = 1 if len(runs) == 1 else len(hidden_states) // len(runs)
                 return cos.repeat_interleave(repeats, dim=0), sin.repeat_interleave(repeats, dim=0)
 
-            geometry = tuple(map(tuple, runs)), len(hidden_states), height, width, hidden_states.device
-            made = make() if memory is None else memory.rotary(name, geometry, make)
+            made_for = tuple(map(tuple, runs)), len(hidden_states), height, width, hidden_states.device
+            made = make() if memory is None else memory.rotary(name, made_for, make)
             mark_dynamic(*made)
             if len(runs) > 1:
                 mark_dynamic(*made, dim=0)

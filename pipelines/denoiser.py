@@ -77,7 +77,8 @@ class Denoiser:
 
         Lanes that hold equally much run as one forward: all of them once the window is full.
         """
-        caches, flows = self.experts[0].lanes[0], []
+        caches = self.experts[0].lanes[0]
+        flows: list[torch.Tensor] = []
         lanes = range(first_lane, first_lane + len(latents))
 
         def size(index: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 After KlingTeam/MemFlow (`pipeline/causal_inference.py`). Beside sink and window every forward sees the frames in the
 bank, with the keys and values that they were written with. Unlike in `chunkwise`, denoising steps leave nothing in the
-cache, so that all in it is clean.
+cache, so that all in it is clean; but for the first chunk, whose context pass comes before anybody looks.
 """
 
 from typing import Any, Literal, get_args

@@ -42,7 +42,15 @@ SAMPLERS = {
     "stream_batch, no lanes": {**STREAM_BATCH, "window_frames": 5, "sampler_options": {"sequential": True}},
 }
 
-each_sampler = pytest.mark.parametrize("settings", SAMPLERS.values(), ids=SAMPLERS.keys())
+SLOW = ("stream_batch, no window", "stream_batch, moved sink", "stream_batch, no lanes")
+
+each_sampler = pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, settings in SAMPLERS.items()
+    ],
+)
 
 
 def start(pipe, settings, **options):

@@ -187,6 +187,7 @@ def test_every_sampler_is_the_same_operations_on_the_same_memory(pipe, forwards,
     assert counted(forwards) == [(False, frames, count, 1), *CONTEXT.get(name, [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_captured_forwards_make_the_rest_of_a_video_with_every_sampler(pipe, monkeypatch, name):
     rollout, expected = (start(pipe, **SAMPLERS[name]) for _ in range(2))
