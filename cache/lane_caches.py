@@ -49,9 +49,8 @@ class LaneBlock:
             value.take(own[1], lane.window.state.length)
             lane.use_buffers(key, value)
         if self._sink is not None and self._queue is None:
-            most = self._sink.window_frames + len(
-                lanes
-            )  # a lane is written over as often as there are lanes before it
+            # A lane's first frame is written over once for each lane before it.
+            most = self._sink.window_frames + len(lanes)
             self._queue = SinkQueue(self._sink, len(lanes) * batch, most, largest[0].layout[-1])
 
     def open(self, lanes: Sequence[WanKVBlockCache], used: range, slots: OpenSlots | None) -> OpenSlots:

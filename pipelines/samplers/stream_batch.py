@@ -10,7 +10,6 @@ level that it has itself, never clean; there is no context pass. After chenfengx
 Video to video starts a chunk from a mix of noise and source, see [`NoisedSource`].
 """
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.denoiser import Window
 from wan_autoregressive.pipelines.frame_grid import Chunk, FrameGrid
 from wan_autoregressive.pipelines.samplers.base import Sampler, SamplingContext
+from wan_autoregressive.pipelines.samplers.lane_settings import check_adaptive_sink, check_restart, forwards_in_lanes
 from wan_autoregressive.pipelines.samplers.noised_source import NoisedSource
 from wan_autoregressive.pipelines.source_video import SourceEndedError
 from wan_autoregressive.schedulers import SelfForcingScheduler
@@ -97,8 +97,8 @@ class StreamBatchSampler(Sampler):
                 f"strength is {config.strength}; sampler 'stream_batch' tells the model up to 200 timesteps less than "
                 "1000 x strength, so it must be above 0.2"
             )
-        _check_restart(config)
-        _check_adaptive_sink(config)
+        check_restart(config)
+        check_adaptive_sink(config)
 
     # Of the source.
 
@@ -268,7 +268,7 @@ class StreamBatchSampler(Sampler):
         if not options.get("sequential"):
             has_stand_ins = options.get("adaptive_sink") is not None
             held = sizes.pop(0) + grid.given_frames
-            forwards += _forwards_in_lanes(sizes, held, steps[1], config.window_frames or math.inf, has_stand_ins)
+            forwards += forwards_in_lanes(sizes, held, steps[1], config.window_frames or math.inf, has_stand_ins)
         return config.num_branches * forwards
 
     # State. A rollout with a source is neither reset nor saved nor forked, so nothing of it is here.
@@ -289,59 +289,3 @@ class StreamBatchSampler(Sampler):
         source = 0 if self._source is None else self._source.nbytes
         latents = {id(entry.latents): entry.latents for entry in self._in_flight}  # stand-ins may share theirs
         return source + sum(tensor.nbytes for tensor in latents.values())
-
-
-def _forwards_in_lanes(sizes: list[int], held: float, lanes: int, window: float, has_stand_ins: bool) -> int:
-    """Forwards for chunks of these sizes behind the first one; lanes that hold equally much run together.
-
-    Args:
-        held: Frames in every lane at the start.
-        has_stand_ins: Whether lanes that no chunk has reached yet run as well, on a stand-in for the first of these.
-    """
-    forwards = 0
-    held_in, newest = [min(held, window)] * lanes, [-1] * lanes
-    for tick in range(len(sizes) + lanes - 1 if sizes else 0):
-        kinds = []
-        for lane in range(lanes):
-            chunk = tick - lane
-            if chunk >= len(sizes) or (chunk < 0 and not has_stand_ins):
-                continue
-            chunk = max(chunk, 0)
-            after = held_in[lane] + (0 if newest[lane] == chunk else sizes[chunk])
-            kinds.append((sizes[chunk], held_in[lane], after))
-            held_in[lane], newest[lane] = min(after, window), chunk
-        forwards += sum(1 for _ in itertools.groupby(kinds))
-    return forwards
-
-
-def _check_restart(config: RolloutConfig) -> None:
-    restart = config.sampler_options.get("restart_positions")
-    if restart is None:
-        return
-    if config.window_frames is None or config.position_mode != "absolute":
-        raise ValueError("restart_positions needs window_frames and position_mode 'absolute'; leave it out")
-    smallest = config.window_frames + config.chunk_frames
-    if not isinstance(restart, int) or restart < smallest:
-        raise ValueError(
-            f"restart_positions is {restart!r}; positions start again at window_frames - 1, so it must be a whole "
-            f"number of at least {smallest}"
-        )
-
-
-def _check_adaptive_sink(config: RolloutConfig) -> None:
-    threshold = config.sampler_options.get("adaptive_sink")
-    if threshold is None:
-        return
-    if not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
-        raise ValueError(f"adaptive_sink is {threshold!r}; it is a cosine, -1 (never) to 1 (always)")
-    if config.sampler_options.get("sequential") or not config.sink_frames or config.chunk_frames != 1:
-        raise ValueError(
-            f"adaptive_sink compares a new frame with those in the sink of its lane; it needs sink_frames and "
-            f"chunk_frames=1, and no 'sequential', got sink_frames {config.sink_frames} and chunk_frames "
-            f"{config.chunk_frames}"
-        )
-    if config.position_mode != "absolute":
-        raise ValueError(
-            f"adaptive_sink keeps frames in the order in which they are given up; it needs position_mode 'absolute', "
-            f"got {config.position_mode!r}"
-        )
