@@ -47,8 +47,10 @@ class SequenceParallel:
     # Tokens.
 
     def shard(self, x: torch.Tensor) -> torch.Tensor:
-        """Own tokens of `(batch, tokens, …)`: a view."""
-        return x.split(shares(x.shape[1], self.num_ranks), dim=1)[self.rank]
+        """Own tokens of `(batch, tokens, …)`: a copy, since a compiled block makes another graph for a view."""
+        return x.split(shares(x.shape[1], self.num_ranks), dim=1)[self.rank].clone(
+            memory_format=torch.contiguous_format
+        )
 
     def shard_groups(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """What holds for groups of own tokens, from `(batch, groups, …)` for groups of all `num_tokens`.

@@ -264,7 +264,7 @@ def compiled_launch(options: dict[str, Any]) -> dict[str, Any]:
     """Compiled blocks with the exchange in them: the graphs of each, and what the video becomes."""
     from test_compile import count_graphs_by_block, rollout_latents, tiny_model
 
-    frames = {"num_frames": 4 * (3 * 8 - 1) + 1, **options}
+    frames = {"num_frames": 4 * (3 * 5 - 1) + 1, **options}
     model = tiny_model()
     model.set_sequence_parallel(dist.group.WORLD)
     eager = rollout_latents(model, **frames)
