@@ -19,12 +19,15 @@ from starlette.routing import Route, WebSocketRoute
 
 from wan_autoregressive.media.segments import join_segments
 from wan_autoregressive.media.video_writer import VideoWriteError
+from wan_autoregressive.server.branch_routes import branch_routes
 from wan_autoregressive.server.engine import Engine, UnknownSessionError
 from wan_autoregressive.server.guard import COOKIE, Door, Guard, error_response
 from wan_autoregressive.server.images import FORMATS, MAX_BYTES, ImageShelf, read_upload
+from wan_autoregressive.server.live_settings import describe_settings
 from wan_autoregressive.server.live_socket import LiveSocket
 from wan_autoregressive.server.messages import MAX_PROMPT_LENGTH, PROTOCOL
 from wan_autoregressive.server.metrics import metrics_text
+from wan_autoregressive.server.quick_prompts import quick_prompts
 from wan_autoregressive.server.timeline import Timeline
 
 _PAGE = files("wan_autoregressive.server.page")
@@ -68,6 +71,7 @@ def build_app(engine: Engine, door: Door, idle_s: float = 120.0, page: bool = Tr
             WebSocketRoute("/v1/live", socket.serve),
             Route(session, routes.session),
             Route(session, routes.forget, methods=["DELETE"]),
+            *branch_routes(engine, session),
             Route(session + "/chunks/{chunk:int}.{kind:str}", routes.chunk),
             Route(session + "/video.mp4", routes.video),
             *([Route("/", routes.page), Route("/{name:str}", routes.page_file)] if page else []),
@@ -116,6 +120,9 @@ class _Routes:
                 "max_prompt_length": MAX_PROMPT_LENGTH,
                 "max_image_bytes": MAX_BYTES,
                 "image_formats": FORMATS,
+                "pixel_scale": model.scale,
+                "settings": describe_settings(model),
+                "quick_prompts": quick_prompts(model),
             }
         )
 

@@ -20,17 +20,20 @@ from typing import Any
 
 from PIL import Image
 
-from wan_autoregressive.server.chunk_files import codec_of, encode_mp4, encode_thumbnail
+from wan_autoregressive.server.chunk_files import IMAGES_CODEC, codec_of, encode_images, encode_mp4, encode_thumbnail
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.live_session import Emit, LiveSession, cut_point, nobody
+from wan_autoregressive.server.live_settings import start_arguments
 from wan_autoregressive.server.live_video import LiveVideo, MadeChunk, read_description, remove_chunk
 from wan_autoregressive.server.messages import (
     ChangePrompt,
+    ChangeSettings,
     ChunkReady,
     Command,
     Cut,
     Error,
     Fork,
+    LiveSettings,
     Pause,
     Played,
     Queued,
@@ -108,12 +111,14 @@ class Engine:
                 if running is not None:
                     running.fail("taken_over", "this video goes on in another window")
                     running.attach(emit, start.ahead)
+                    running.transport = start.transport
                     self._tell(running)
                     return running
             if len(self._active) >= self.limits.slots and len(self._waiting) >= self.limits.queue:
                 raise QueueFullError(f"all {self.limits.slots} slots are taken and {self.limits.queue} viewers wait")
             session = self._new(start, emit, image) if start.resume is None else self._take_up(start.resume)
             session.attach(emit, start.ahead)
+            session.transport = start.transport
             session.state = "waiting"
             self._waiting.append(session)
             self._admit()
@@ -130,6 +135,14 @@ class Engine:
                 session.mark_played(command.chunk)
             else:
                 session.take(command)
+            self._changed.notify_all()
+
+    def camera_frame(self, session: LiveSession, image: bytes) -> None:
+        """A frame of the viewer's camera. Raises `ValueError` if the video is not made from one."""
+        if session.video.source is None:
+            raise ValueError("frames are taken where the video was started with camera: true")
+        session.video.source.put(image)
+        with self._changed:
             self._changed.notify_all()
 
     def sent(self, session: LiveSession) -> None:
@@ -167,6 +180,10 @@ class Engine:
         values = read_description(self._folder / key) if session is None else session.video.describe()
         return {"session": key, "model": self.model.name, **values}
 
+    def session_folder(self, key: str) -> Path:
+        """Of a session that there is."""
+        return self._folder / key
+
     def chunk_path(self, key: str, chunk: int, kind: str) -> Path:
         """The mp4 or webp of a chunk, which may not be there (yet)."""
         return self._folder / key / "chunks" / f"{chunk}.{kind}"
@@ -194,7 +211,10 @@ class Engine:
             raise ValueError("a new video needs a prompt")
         key = secrets.token_urlsafe(_ID_BYTES)
         seed = secrets.randbelow(2**32) if start.seed is None else start.seed
-        video = LiveVideo(self.model, self._folder / key, start.prompt, seed, image, self.limits.snapshots)
+        video = LiveVideo(
+            *(self.model, self._folder / key, start.prompt, seed, image, self.limits.snapshots),
+            *start_arguments(self.model, start),
+        )
         return LiveSession(key, video, emit, start.ahead, self._cost_s)
 
     def _take_up(self, key: str) -> LiveSession:
@@ -302,22 +322,29 @@ class Engine:
         if begin:
             self._encoders.submit(self._encode_all, session)
 
-    def _obey(self, session: LiveSession, command: ChangePrompt | Fork) -> None:
+    def _obey(self, session: LiveSession, command: ChangePrompt | Fork | ChangeSettings) -> None:
         video = session.video
         dropped: list[int] = []
+        if isinstance(command, ChangeSettings):
+            self._change_settings(session, command.settings)
+            return
         if isinstance(command, ChangePrompt):
             frame = None
-            if command.playhead is not None:
+            if command.playhead is not None and video.source is None:
                 frame = (command.playhead + session.cost_s) * self.model.fps
             after = cut_point(video.timeline.branch_path(), session.played, frame)
             dropped = video.change_prompt(command.prompt, after)
         else:
             after = command.chunk
+            if video.source is not None:
+                session.fail("camera", "a video from the camera cannot be taken back: the camera's frames are gone")
+                return
             try:
                 video.fork(after, command.prompt, command.seed)
             except KeyError:
                 session.fail("no_such_chunk", f"there is no chunk {after} in this session")
                 return
+            self._change_settings(session, command.settings)
         with self._changed:
             path = video.timeline.branch_path()
             session.stand_after(path)
@@ -335,6 +362,12 @@ class Engine:
                 ),
                 None,
             )
+
+    def _change_settings(self, session: LiveSession, settings: LiveSettings) -> None:
+        try:
+            session.video.change_settings(settings.given())
+        except ValueError as error:
+            session.fail("bad_settings", str(error))
 
     def _failed(self, session: LiveSession, error: Exception) -> None:
         logger.error("session failed", exc_info=error)
@@ -390,6 +423,10 @@ class Engine:
         body = encode_mp4(made.frames, self.model.fps, self.model.scale)
         (folder / f"{entry.id}.mp4").write_bytes(body)
         (folder / f"{entry.id}.webp").write_bytes(encode_thumbnail(made.frames[0]))
+        sent, codec = body, codec_of(body)
+        if session.transport == "images":
+            sent, codec = encode_images(made.frames), IMAGES_CODEC
+            (folder / f"{entry.id}.images").write_bytes(sent)
         took = time.perf_counter() - started
         timings = {name: round(seconds, 4) for name, seconds in made.chunk.timings.as_dict().items()}
         step_s = sum(timings.values())
@@ -402,19 +439,19 @@ class Engine:
             start_frame=entry.start_frame,
             frames=entry.frames,
             prompt=entry.prompt,
-            codec=codec_of(body),
+            codec=codec,
             step_s=round(step_s, 4),
             encode_s=round(took, 4),
             timings=timings,
         )
         with self._changed:
             self._figures["encode_s"] += took
-            self._figures["bytes"] += len(body)
+            self._figures["bytes"] += len(sent)
             session.measured(step_s + took)
         with session.video.lock:  # so that no chunk follows the cut that drops it
             kept = entry.id in session.video.timeline.chunks
             if kept:
-                session.emit(message, body)
+                session.emit(message, sent)
         if not kept:
             remove_chunk(folder, entry.id)
             self.sent(session)

@@ -17,7 +17,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _MOST_WAITING = 64
 
 
-def read_upload(data: bytes, height: int, width: int) -> Image.Image:
+def read_upload(data: bytes, height: int, width: int, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture of the size that is generated: upright, over white, scaled to cover and cropped at the centre.
 
     Raises:
@@ -26,8 +26,8 @@ def read_upload(data: bytes, height: int, width: int) -> Image.Image:
     try:
         # Opening reads the header only; what Pillow warns of is an error here or of no consequence.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ValueError(f"it has {opened.width}x{opened.height} pixels, more than {MAX_PIXELS:,}")
+            if opened.width * opened.height > most_pixels:
+                raise ValueError(f"it has {opened.width}x{opened.height} pixels, more than {most_pixels:,}")
             if getattr(opened, "n_frames", 1) != 1:
                 raise ValueError("it is an animation")
             return fit_image(opened, height, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,25 @@ class LiveModel:
     def width(self) -> int:
         return int(self.settings["width"])
 
-    def start(self, prompt: str, seed: int, image: Any = None) -> WanRollout:
-        """Begin an endless video."""
-        settings = {name: value for name, value in self.settings.items() if name not in _OWN_SETTINGS}
-        given = {} if image is None else {"image": image}
+    def rollout_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """All of a video's, where these are given instead of the server's own."""
+        own = {name: value for name, value in self.settings.items() if name not in _OWN_SETTINGS}
+        if settings.get("num_inference_steps") is not None:
+            own["denoising_steps"] = None
+        return {**own, **settings, "output_type": "uint8"}
+
+    def start(
+        self,
+        prompt: str,
+        seed: int,
+        image: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        source: Iterator[Any] | None = None,
+    ) -> WanRollout:
+        """Begin an endless video: from nothing, from an image, or made anew from the frames of a source."""
+        given = {name: value for name, value in (("image", image), ("video", source)) if value is not None}
         generator = torch.Generator().manual_seed(seed)
-        return self.pipe.rollout(prompt, generator=generator, output_type="uint8", **given, **settings)
+        return self.pipe.rollout(prompt, generator=generator, **given, **self.rollout_settings(settings or {}))
 
     def resume(self, folder: Path) -> WanRollout:
         """Go on with a saved one; `ValueError` if it was made by another model."""

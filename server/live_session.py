@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from wan_autoregressive.server.live_video import LiveVideo, MadeChunk
-from wan_autoregressive.server.messages import ChangePrompt, Error, Fork, ServerMessage
+from wan_autoregressive.server.messages import ChangePrompt, ChangeSettings, Error, Fork, ServerMessage
 from wan_autoregressive.server.timeline import TimelineChunk
 
 Emit = Callable[[ServerMessage, bytes | None], None]
@@ -32,9 +32,10 @@ class LiveSession:
     def __init__(self, key: str, video: LiveVideo, emit: Emit, ahead: int, cost_s: float) -> None:
         self.id, self.video, self.emit, self.ahead, self.cost_s = key, video, emit, ahead, cost_s
         self.state: Literal["waiting", "active", "parking", "gone"] = "waiting"
-        self.commands: deque[ChangePrompt | Fork] = deque(maxlen=_MOST_COMMANDS)
+        self.commands: deque[ChangePrompt | Fork | ChangeSettings] = deque(maxlen=_MOST_COMMANDS)
         self.to_encode: deque[MadeChunk] = deque()
         self.encoding = False
+        self.transport: Literal["mp4", "images"] = "mp4"
         self.paused = self.told_of_limit = False
         self.unsent = 0
         """Chunks that no socket has taken yet."""
@@ -50,6 +51,9 @@ class LiveSession:
     @property
     def wants_chunk(self) -> bool:
         """Whether there is room for one: neither far ahead of the viewer nor of what the socket takes."""
+        source = self.video.source
+        if source is not None and not source.ready:
+            return False
         return not self.paused and self.lead < self.ahead and self.unsent < self.ahead and not self.told_of_limit
 
     @property
@@ -62,7 +66,7 @@ class LiveSession:
         self.emit, self.ahead = emit, ahead
         self.played, self.unsent, self.paused = self.made, 0, False
 
-    def take(self, command: ChangePrompt | Fork) -> None:
+    def take(self, command: ChangePrompt | Fork | ChangeSettings) -> None:
         """Line a command up; of prompts in a row only the last counts."""
         if isinstance(command, ChangePrompt) and self.commands and isinstance(self.commands[-1], ChangePrompt):
             self.commands.pop()

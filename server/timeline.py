@@ -29,6 +29,8 @@ class TimelineChunk:
     """Prompt that was set right before it."""
     new_seed: int | None
     """Seed that the noise was started anew with right before it."""
+    new_settings: dict[str, Any] | None = None
+    """Settings that were changed right before it."""
 
     @property
     def stop_frame(self) -> int:
@@ -57,13 +59,20 @@ class Timeline:
         return sum(chunk.frames for chunk in self.chunks.values())
 
     def append(
-        self, start_frame: int, frames: int, prompt: str, new_prompt: str | None, new_seed: int | None
+        self,
+        start_frame: int,
+        frames: int,
+        prompt: str,
+        new_prompt: str | None,
+        new_seed: int | None,
+        new_settings: dict[str, Any] | None = None,
     ) -> TimelineChunk:
         """Lengthen the present branch by a chunk."""
         parent = self.tip
         index = 0 if parent is None else self.chunks[parent].index + 1
         chunk = TimelineChunk(
-            self.next_id, parent, self.branch, index, start_frame, frames, prompt, new_prompt, new_seed
+            *(self.next_id, parent, self.branch, index, start_frame, frames),
+            *(prompt, new_prompt, new_seed, new_settings),
         )
         self.chunks[chunk.id] = chunk
         self.tips[self.branch] = chunk.id
