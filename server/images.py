@@ -33,7 +33,7 @@ def read_upload(data: bytes, height: int, width: int, most_pixels: int = MAX_PIX
             return fit_image(opened, height, width)
     # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, DecompressionBombError) for a bad file.
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+        reason = str(error) if isinstance(error, ValueError) else "it is of another kind, or damaged"
         raise ValueError(f"this is not a picture that can be used (PNG, JPEG or WebP): {reason}") from error
 
 

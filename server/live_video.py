@@ -173,10 +173,10 @@ class LiveVideo:
 
     def change_settings(self, settings: dict[str, Any]) -> None:
         """Make the next chunk and later ones with other settings. Raises `ValueError` for what cannot change so."""
-        present = self.settings
-        new = {name: value for name, value in settings.items() if present.get(name) != value}
-        check_settings(self._model, present).changed(**new)
-        check_settings(self._model, {**present, **new})
+        present = check_settings(self._model, self.settings)
+        new = {name: value for name, value in settings.items() if getattr(present, name) != value}
+        present.changed(**new)
+        check_settings(self._model, {**self.settings, **new})
         self._next_settings.update(new)
 
     def save(self) -> None:
