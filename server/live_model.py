@@ -60,9 +60,9 @@ class LiveModel:
         source: Iterator[Any] | None = None,
     ) -> WanRollout:
         """Begin an endless video: from nothing, from an image, or made anew from the frames of a source."""
-        given = {name: value for name, value in (("image", image), ("video", source)) if value is not None}
         generator = torch.Generator().manual_seed(seed)
-        return self.pipe.rollout(prompt, generator=generator, **given, **self.rollout_settings(settings or {}))
+        values = self.rollout_settings(settings or {})
+        return self.pipe.rollout(prompt, image=image, video=source, generator=generator, **values)
 
     def resume(self, folder: Path) -> WanRollout:
         """Go on with a saved one; `ValueError` if it was made by another model."""

@@ -22,9 +22,9 @@ def new_engine(pipe, folder, **limits) -> Engine:
 class Viewer:
     """Gets what the engine sends, and keeps the chunks by number."""
 
-    def __init__(self, engine: Engine, **start) -> None:
+    def __init__(self, engine: Engine, image=None, **start) -> None:
         self.engine, self.messages, self.chunks = engine, queue.Queue(), {}
-        self.session = engine.open(Start(**start), self.emit)
+        self.session = engine.open(Start(**start), self.emit, image)
 
     def emit(self, message, body) -> None:
         self.messages.put((message, body))
