@@ -1,6 +1,6 @@
 // The WebSocket: messages in and out, and coming back when it is lost.
 
-const LOST = [1001, 1005, 1006, 1011, 1012];
+const LOST = [1001, 1005, 1006, 1012];
 const MOST_RETRIES = 60;
 const MOST_WAIT_MS = 4000;
 

@@ -53,6 +53,7 @@ export class Figures {
     if (this.video.seed !== null) rows['seed'] = this.video.seed;
     if (newest?.step_s) rows['step'] = ms(newest.step_s + newest.encode_s);
     this.rows.replaceChildren(...Object.entries(rows).flatMap(([name, value]) => [element('dt', name), element('dd', value)]));
+    if (!newest) for (const part of [this.stages, this.names]) part.replaceChildren();
     if (newest?.timings) this.drawStages(newest, ms);
   }
 

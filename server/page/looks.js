@@ -10,7 +10,8 @@ export function say(text) {
 /** What did not work; stays until it is dismissed or something else is tried. */
 export function tellProblem(text) {
   $('problem').hidden = !text;
-  $('problem').firstElementChild.textContent = text && `${text[0].toUpperCase()}${text.slice(1)}${text.endsWith('.') ? '' : '.'}`;
+  const sentence = /^[a-z]+ /.test(text) ? text[0].toUpperCase() + text.slice(1) : text; // not the name of a setting
+  $('problem').firstElementChild.textContent = sentence + (!sentence || sentence.endsWith('.') ? '' : '.');
 }
 
 const SHARE_OF_HEIGHT = 0.52; // of the window, for the video

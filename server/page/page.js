@@ -34,6 +34,7 @@ let player, camera, current = null, number = 0;
 let queued = false; // for a slot
 let quiet = false; // the server has said that nothing more comes
 let promptForLater = null; // what was asked for while there was no connection
+let sessionBefore = null; // that was left for one which has not begun yet
 
 const handlers = {
   queued({ position }) { mark('queued'); queued = true; say(`All places are taken. You are number ${position} in the queue.`); },
@@ -41,6 +42,7 @@ const handlers = {
     mark('started');
     connection.retries = 0;
     queued = quiet = false;
+    sessionBefore = null;
     const again = video.session === message.session || message.num_chunks > 0;
     video.session = log.session = message.session;
     video.seed = message.seed;
@@ -67,6 +69,7 @@ const handlers = {
     video.cut(message);
     player.cut(message.frame / video.fps);
     if (message.repeating) say(`Going back: ${message.repeating} chunks are made again…`);
+    else if (message.near) say('Going back, to a past that is near to what it was…');
     draw();
   },
   error(message) {
@@ -81,10 +84,14 @@ function ended(code) {
   mark('close', { code });
   queued = false;
   stopCamera();
-  const words = { 1013: 'The queue is full. Try again in a minute.', 4408: 'Nothing happened for a while. Press Enter to go on.',
+  const words = { 1008: 'This page took too long to take the video. Press Enter to go on.', 1011: 'The server cannot go on with this video.', 1013: 'The queue is full. Try again in a minute.', 4408: 'Nothing happened for a while. Press Enter to go on.',
+    4429: 'This page asked too much at once. Press Enter to go on.',
     1006: 'There is no connection to the server. Press Enter to try again.' };
   say(words[code] ?? (video.chunks.size ? 'This video has ended. Press Enter for a new one.' : 'Type a prompt and press Enter.'));
-  if (code === 4400) forget();
+  if (code === 4400) {
+    forget();
+    if (sessionBefore) return begin({ resume: sessionBefore }, $('problem').firstElementChild.textContent);
+  }
   draw();
 }
 
@@ -194,9 +201,10 @@ function lookBeside(step) {
 }
 
 /** A new video; the one before stays on the server for a while. */
-function begin(start) {
+function begin(start, problem = '') {
   mark('submit', { number: number++ });
   connection.leave();
+  sessionBefore = start.resume ? null : video.session;
   video.clear();
   video.fromCamera = Boolean(start.camera);
   current = null;
@@ -204,7 +212,7 @@ function begin(start) {
   figures.begin();
   player?.destroy();
   player = newPlayer($('stage'), video.fps, 'The video', onFrame);
-  tellProblem('');
+  tellProblem(problem);
   say('Connecting…');
   connection.start({ type: 'start', transport: player.kind, ...start });
   draw();

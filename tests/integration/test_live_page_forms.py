@@ -80,6 +80,8 @@ def test_settings_hold_at_the_start_and_while_it_plays(visit, live_server):
     page.page.fill("#setting-sink_frames", "9")
     page.page.click("#start-anew")
     page.until(lambda: "does not hold a sink of 9" in page.page.inner_text("#problem"))
+    page.until(lambda: page.status == "Live")
+    assert page.js("wanLive.session") == values["session"]  # it comes back
     assert page.problems == []
 
 
