@@ -3,6 +3,38 @@
 import { refit } from './looks.js';
 
 const $ = (id) => document.getElementById(id);
+const FILES = { download: 'video.mp4', making: 'video.json', schedule: 'schedule.yaml', 'start-image': 'image.png' };
+
+/** What can be pressed now. `going`: the server makes the video, or will. */
+export function drawControls({ video, going, paused, camera }) {
+  const some = video.path().length > 0, kept = some && Boolean(video.session);
+  $('go').textContent = going ? 'Change' : 'Start';
+  for (const id of ['pause', 'restart', 'live']) $(id).disabled = !some;
+  $('fork').disabled = !going || !some || video.fromCamera;
+  $('compare').disabled = !kept || video.tips.size < 2;
+  $('pause').textContent = paused ? 'Play' : 'Pause';
+  $('camera').setAttribute('aria-pressed', String(Boolean(camera)));
+  $('start-image').hidden = !video.fromImage;
+  for (const [id, name] of Object.entries(FILES)) {
+    $(id).setAttribute('aria-disabled', String(!kept));
+    if (kept) $(id).href = `/v1/sessions/${video.session}/${name}?branch=${video.branch}`;
+    else $(id).removeAttribute('href');
+  }
+}
+
+/** Prompts to press, or to take by their number. */
+export function offerPrompts(prompts, onChoice) {
+  $('quick').append(...prompts.map((prompt, i) => {
+    const [item, button, words, key] = ['li', 'button', 'span', 'kbd'].map((tag) => document.createElement(tag));
+    button.type = 'button';
+    key.textContent = i + 1;
+    words.append(key, ` ${prompt}`);
+    button.append(words);
+    button.onclick = () => onChoice(i);
+    item.append(button);
+    return item;
+  }));
+}
 
 export function wireControls(actions) {
   const clicks = {
@@ -29,7 +61,7 @@ function takeFile(input, action) {
   input.onchange = () => {
     $('files').open = false;
     const [file] = input.files;
-    action(file);
+    if (file) action(file);
     input.value = ''; // the same one may be taken again
   };
 }

@@ -14,6 +14,16 @@ export function tellProblem(text) {
   $('problem').firstElementChild.textContent = sentence + (!sentence || sentence.endsWith('.') ? '' : '.');
 }
 
+/** Why the server has ended a connection, by its close code. */
+export const wordsOfClose = {
+  1006: 'There is no connection to the server. Press Enter to try again.',
+  1008: 'This page took too long to take the video. Press Enter to go on.',
+  1011: 'The server cannot go on with this video.',
+  1013: 'The queue is full. Try again in a minute.',
+  4408: 'Nothing happened for a while. Press Enter to go on.',
+  4429: 'This page asked too much at once. Press Enter to go on.',
+};
+
 const SHARE_OF_HEIGHT = 0.52; // of the window, for the video
 const fitted = new Map();
 addEventListener('resize', refit);

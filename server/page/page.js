@@ -3,12 +3,13 @@
 import { Camera } from './camera.js';
 import { Comparison } from './comparison.js';
 import { Connection } from './connection.js';
-import { wireControls } from './controls.js';
+import { drawControls, offerPrompts, wireControls } from './controls.js';
 import { Figures } from './figures.js';
-import { fit, say, tellProblem } from './looks.js';
+import { fit, say, tellProblem, wordsOfClose } from './looks.js';
 import { newPlayer } from './player.js';
 import { SettingsPanel } from './settings_panel.js';
 import { TimelineView } from './timeline_view.js';
+import { readSchedule, sendPicture } from './uploads.js';
 import { sharedSeconds, Video } from './video.js';
 
 const $ = (id) => document.getElementById(id);
@@ -34,6 +35,7 @@ let player, camera, current = null, number = 0;
 let queued = false; // for a slot
 let quiet = false; // the server has said that nothing more comes
 let promptForLater = null; // what was asked for while there was no connection
+let scheduleBefore = null; // that waits for its picture
 let sessionBefore = null; // that was left for one which has not begun yet
 
 const handlers = {
@@ -84,10 +86,7 @@ function ended(code) {
   mark('close', { code });
   queued = false;
   stopCamera();
-  const words = { 1008: 'This page took too long to take the video. Press Enter to go on.', 1011: 'The server cannot go on with this video.', 1013: 'The queue is full. Try again in a minute.', 4408: 'Nothing happened for a while. Press Enter to go on.',
-    4429: 'This page asked too much at once. Press Enter to go on.',
-    1006: 'There is no connection to the server. Press Enter to try again.' };
-  say(words[code] ?? (video.chunks.size ? 'This video has ended. Press Enter for a new one.' : 'Type a prompt and press Enter.'));
+  say(wordsOfClose[code] ?? (video.chunks.size ? 'This video has ended. Press Enter for a new one.' : 'Type a prompt and press Enter.'));
   if (code === 4400) {
     forget();
     if (sessionBefore) return begin({ resume: sessionBefore }, $('problem').firstElementChild.textContent);
@@ -146,30 +145,16 @@ function draw() {
   timeline.draw();
   timeline.mark(current);
   figures.draw(current);
-  const some = video.path().length > 0, kept = some && Boolean(video.session);
-  const going = connection.open && Boolean(video.session || queued);
-  $('go').textContent = going ? 'Change' : 'Start';
-  for (const id of ['pause', 'restart', 'live']) $(id).disabled = !some;
-  $('fork').disabled = !going || !some || video.fromCamera;
-  $('compare').disabled = !kept || video.tips.size < 2;
-  $('pause').textContent = player?.wantsPause ? 'Play' : 'Pause';
-  $('camera').setAttribute('aria-pressed', String(Boolean(camera)));
-  $('start-image').hidden = !video.fromImage;
-  const files = { download: 'video.mp4', making: 'video.json', schedule: 'schedule.yaml', 'start-image': 'image.png' };
-  for (const [id, name] of Object.entries(files)) {
-    $(id).setAttribute('aria-disabled', String(!kept));
-    if (kept) $(id).href = `/v1/sessions/${video.session}/${name}?branch=${video.branch}`;
-    else $(id).removeAttribute('href');
-  }
+  drawControls({ video, going: connection.open && Boolean(video.session || queued), paused: player?.wantsPause, camera });
 }
 
 /** The chunk that is left stays; what comes next is new, also where nothing else is. */
 function fork(id) {
   const next = video.path().find((chunk) => chunk.parent === id), prompt = $('prompt').value.trim();
   mark('fork', { chunk: id });
-  const same = next && next.prompt === prompt;
-  const seed = same ? { seed: Math.floor(Math.random() * 2 ** 32) } : {};
-  connection.send({ type: 'fork', chunk: id, ...(prompt && { prompt }), ...seed, settings: settings.whilePlaying() });
+  const seed = next?.prompt === prompt ? { seed: Math.floor(Math.random() * 2 ** 32) } : {};
+  const message = { type: 'fork', chunk: id, ...(prompt && { prompt }), ...seed, settings: settings.whilePlaying() };
+  if (!connection.send(message)) tellProblem('There is no connection to the server just now.');
 }
 
 async function turnTo(branch) {
@@ -238,39 +223,28 @@ function submit() {
 }
 
 async function startFromPicture(file) {
-  if (!file) return;
-  if (file.size > model.max_image_bytes) return tellProblem(`A picture may have ${model.max_image_bytes >> 20} MB.`);
-  const answer = await fetch('/v1/images', { method: 'POST', body: file });
-  const values = await answer.json();
-  if (!answer.ok) return tellProblem(values.error.message);
+  const image = await sendPicture(file, model), schedule = scheduleBefore ?? {};
+  scheduleBefore = null;
   stopCamera();
-  begin(asked({ image: values.id, ...(startFromPicture.schedule ?? {}) }));
-  startFromPicture.schedule = null;
+  begin(asked({ image, ...schedule }));
 }
 
 async function playSchedule(file) {
-  if (!file) return;
-  const answer = await fetch('/v1/schedules', { method: 'POST', body: file });
-  const values = await answer.json();
-  if (!answer.ok) return tellProblem(values.error.message);
+  const { prompt, prompt_changes: changes, seed, settings: chosen, image } = await readSchedule(file);
+  $('prompt').value = prompt;
+  settings.use(chosen, seed);
+  scheduleBefore = changes && { prompt_changes: changes };
+  if (image) throw new Error(`This schedule starts from a picture: now give ${image}.`);
   stopCamera();
-  $('prompt').value = values.prompt;
-  settings.use(values.settings, values.seed);
-  const changes = values.prompt_changes && { prompt_changes: values.prompt_changes };
-  if (!values.image) return begin(asked({ ...changes }));
-  startFromPicture.schedule = changes;
-  tellProblem(`This schedule starts from a picture: now give ${values.image}.`);
+  begin(asked(scheduleBefore));
+  scheduleBefore = null;
 }
 
 async function toggleCamera() {
   if (camera) return stopCamera();
   const size = { width: model.width / model.pixel_scale, height: model.height / model.pixel_scale };
   const made = new Camera($('camera-view'), { ...size, fps: model.fps, send: (bytes) => video.session && connection.sendBytes(bytes) });
-  try {
-    await made.start();
-  } catch (error) {
-    return tellProblem(error.message);
-  }
+  await made.start();
   camera = log.camera = made;
   begin(asked({ camera: true, ahead: 1 }));
 }
@@ -279,6 +253,12 @@ function stopCamera() {
   camera?.stop();
   camera = null;
   draw();
+}
+
+/** Actions whose errors are told on the page. */
+function inWords(actions) {
+  const told = (action) => (...values) => action(...values).catch((error) => tellProblem(error.message));
+  return Object.fromEntries(Object.entries(actions).map(([name, action]) => [name, told(action)]));
 }
 
 function setQuick(index) {
@@ -315,7 +295,8 @@ function lookForSilence() {
 }
 
 wireControls({
-  submit, togglePause, lookBeside, toggleCamera, startFromPicture, playSchedule, download, openComparison,
+  submit, togglePause, lookBeside, download, openComparison,
+  ...inWords({ toggleCamera, startFromPicture, playSchedule }),
   quick: setQuick,
   toFirst: () => look(video.path()[0], 0),
   toNewest: () => look(video.path().at(-1)),
@@ -326,17 +307,7 @@ setInterval(lookForSilence, 1000);
 setInterval(lookForStall, 1500);
 $('prompt').maxLength = model.max_prompt_length;
 $('prompt').value = model.quick_prompts[0];
-$('quick').append(...model.quick_prompts.map((prompt, i) => {
-  const item = document.createElement('li'), button = document.createElement('button'), key = document.createElement('kbd'),
-    words = document.createElement('span');
-  button.type = 'button';
-  key.textContent = i + 1;
-  words.append(key, ` ${prompt}`);
-  button.append(words);
-  button.onclick = () => setQuick(i);
-  item.append(button);
-  return item;
-}));
+offerPrompts(model.quick_prompts, setQuick);
 fit($('stage'), model);
 $('go').disabled = false; // before, Enter would send the form away
 const earlier = sessionStorage.getItem('session');
