@@ -4,12 +4,13 @@ Why no `RolloutSession`: that has one line of chunks, of which a seek forgets th
 there is no boundary that cannot be reached. The newest ones are held as forks. What is a few chunks behind one that is
 held is made again, to the bit, since the timeline knows every decision. For the rest keys and values are made anew
 from the latents of the last chunks before the place: near to what they were, not the same, and the timeline says so.
+Only in a video that is made from a camera there is no way back: its frames are gone once they are used.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from wan_autoregressive.configs.prompt_times import latent_frame_of
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.pipelines.snapshots import Snapshots
 from wan_autoregressive.server.live_model import LiveModel
-from wan_autoregressive.server.timeline import Timeline, TimelineChunk
+from wan_autoregressive.server.live_settings import check_settings
+from wan_autoregressive.server.live_source import LiveSource
+from wan_autoregressive.server.timeline import Decisions, Timeline, TimelineChunk
 from wan_autoregressive.server.video_folder import VideoFolder
 
 MOST_REPEATED = 8
@@ -43,6 +47,9 @@ class LiveVideo:
     Args:
         folder: Its own; holds chunks, and after `save` all that is needed to go on.
         snapshots: Places of the video, beside its start, that are kept in memory to go back to at once.
+        settings: Of its rollout, instead of the model's.
+        schedule: Later prompts by latent frame; forgotten once one is set by hand.
+        source: Frames that it is made from.
         stop_frame: Pixel frames that the video is to have; the last chunk is cut there. None does not end.
     """
 
@@ -54,18 +61,21 @@ class LiveVideo:
         seed: int,
         image: Image.Image | None = None,
         snapshots: int = 8,
+        settings: dict[str, Any] | None = None,
+        schedule: dict[int, str] | None = None,
+        source: LiveSource | None = None,
         stop_frame: int | None = None,
     ) -> None:
         self.folder, self.first_prompt, self.seed = VideoFolder(folder), prompt, seed
-        self.stop_frame = stop_frame
+        self.source, self.stop_frame = source, stop_frame
         self.timeline = Timeline()
         self.lock = threading.Lock()
         self._model, self._image = model, image
+        self._first_settings, self._schedule = dict(settings or {}), dict(schedule or {})
         self._snapshots: Snapshots[int | None] = Snapshots(None, snapshots)
         self._rollout: WanRollout | None = None
         self._to_repeat: list[TimelineChunk] = []
-        self._next_prompt: str | None = None
-        self._next_seed: int | None = None
+        self._next = Decisions()
         self._next_is_near = False
         self._run_up_frames = 0
         """Latent frames of the rollout that are given, to see a past; they are chunks of the timeline already."""
@@ -74,7 +84,17 @@ class LiveVideo:
     @property
     def prompt(self) -> str:
         """Of the next chunk."""
-        return self._prompt_at(self.timeline.tip) if self._next_prompt is None else self._next_prompt
+        return self._decide().prompt or self._prompt_at(self.timeline.tip)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the next chunk is made with that is not the model's own."""
+        return _joined(self._settings_after(self.timeline.branch_path()), self._next.settings)
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether a chunk can be made: the camera, if there is one, has sent enough."""
+        return self.source is None or self.source.ready
 
     @property
     def is_complete(self) -> bool:
@@ -106,14 +126,15 @@ class LiveVideo:
             rollout.step()
             return None
         repeated = self._to_repeat[0] if self._to_repeat else None
-        new_prompt = repeated.new_prompt if repeated else self._next_prompt
-        new_seed = repeated.new_seed if repeated else self._next_seed
-        if new_seed is not None:
-            rollout.noise.generator.manual_seed(new_seed)  # type: ignore[union-attr]
-        made = rollout.step(prompt=new_prompt)
+        decided = repeated.decisions if repeated else self._decide()
+        if decided.seed is not None:
+            rollout.noise.generator.manual_seed(decided.seed)  # type: ignore[union-attr]
+        if decided.settings:
+            rollout.change(**decided.settings)
+        made = rollout.step(prompt=decided.prompt)
         if repeated:
             self._to_repeat.pop(0)
-            self._snapshots.keep(repeated.id, rollout)
+            self._keep(repeated.id, rollout)
             return None
         frames = made.frames[0]
         if self.stop_frame is not None:
@@ -122,17 +143,20 @@ class LiveVideo:
         self.folder.write_latents(self.timeline.next_id, made.latents, noise)
         with self.lock:
             entry = self.timeline.append(
-                self._next_frame, len(frames), self.prompt, new_prompt, new_seed, self._next_is_near
+                *(self._next_frame, len(frames), self.prompt),
+                *(decided.prompt, decided.seed, decided.settings or None, self._next_is_near),
             )
-        self._next_prompt = self._next_seed = None
-        self._next_is_near = False
-        self._snapshots.keep(entry.id, rollout)
+        self._next, self._next_is_near = Decisions(), False
+        self._keep(entry.id, rollout)
         return MadeChunk(entry, frames, made)
 
     def change_prompt(self, prompt: str, after: int | None) -> list[int]:
         """Go on with another prompt after a chunk of the present branch; what comes later is dropped, ids returned."""
         with self.lock:
+            before = self.timeline.branch_path()
             dropped = self.timeline.cut_after(after)
+        settings = [chunk.decisions.settings for chunk in before if chunk.id in dropped]
+        self._next.settings = _joined(*settings, self._next.settings)  # what was set there still holds
         self._snapshots.drop(dropped)
         for part in dropped:
             self.folder.remove_chunk(part)
@@ -147,12 +171,20 @@ class LiveVideo:
             before = self.timeline.tip
             self.timeline.go_on_after(after)
         if after != before:
-            self._next_prompt = self._next_seed = None
+            self._next = Decisions()
             self._go_to(after)
         if prompt is not None:
             self._set_next(prompt)
         if seed is not None:
-            self._next_seed = seed
+            self._next.seed = seed
+
+    def change_settings(self, settings: dict[str, Any]) -> None:
+        """Make the next chunk and later ones with other settings. Raises `ValueError` for what cannot change so."""
+        present = check_settings(self._model, self.settings)
+        new = {name: value for name, value in settings.items() if getattr(present, name) != value}
+        present.changed(**new)
+        check_settings(self._model, {**self.settings, **new})
+        self._next.settings.update(new)
 
     def save(self) -> None:
         """Write what is needed to go on from the end of the present branch, to the bit where that is exact.
@@ -161,9 +193,7 @@ class LiveVideo:
             OSError: it could not be written; what was saved before is still whole.
         """
         tip = self.timeline.tip
-        if self._image is not None:
-            self.folder.write_image(self._image)
-        if self._rollout is not None and not self._to_repeat and not self._next_is_near:
+        if self._rollout is not None and not (self._to_repeat or self._next_is_near or self.source):
             self.folder.save_rollout(tip, self._rollout)
         self.folder.write_description(self.describe())
         if self.folder.has_rollout(tip):  # else an older one is what to begin from
@@ -175,9 +205,13 @@ class LiveVideo:
             return {
                 "prompt": self.first_prompt,
                 "seed": self.seed,
-                "next_prompt": self._next_prompt,
-                "next_seed": self._next_seed,
+                "next_prompt": self._next.prompt,
+                "next_seed": self._next.seed,
+                "next_settings": self._next.settings,
+                "settings": self._first_settings,
+                "schedule": {str(frame): prompt for frame, prompt in self._schedule.items()},
                 "from_image": self._image is not None,
+                "from_camera": self.source is not None,
                 "fps": self._model.fps,
                 **self.timeline.as_dict(),
             }
@@ -187,14 +221,21 @@ class LiveVideo:
         """Take up what `save` wrote.
 
         Raises:
-            ValueError, OSError: it is damaged. That it was made with another model, `advance` says.
+            ValueError, OSError: it is damaged, or made from a camera. That it was made with another model, `advance`
+                says.
         """
         folder = VideoFolder(path)
         values = folder.read_description()
+        if values.get("from_camera"):
+            raise ValueError("it was made from a camera, whose frames are gone; it can be watched, and not go on")
         image = folder.read_image() if values["from_image"] else None
-        video = cls(model, path, values["prompt"], values["seed"], image, snapshots, stop_frame)
+        schedule = {int(frame): prompt for frame, prompt in values.get("schedule", {}).items()}
+        video = cls(
+            *(model, path, values["prompt"], values["seed"], image, snapshots, values.get("settings"), schedule),
+            stop_frame=stop_frame,
+        )
         video.timeline = Timeline.from_dict(values)
-        video._next_prompt, video._next_seed = values["next_prompt"], values["next_seed"]
+        video._next = Decisions(values["next_prompt"], values["next_seed"], values.get("next_settings", {}))
         video._mend()
         return video
 
@@ -229,7 +270,8 @@ class LiveVideo:
             base -= 1
         self._run_up_frames, self._next_is_near = 0, False
         self._to_repeat = path[base:]
-        if len(self._to_repeat) > MOST_REPEATED and self._model.run_up_frames:
+        run_up_frames = self._model.run_up_frames(self._settings_after(path))
+        if len(self._to_repeat) > MOST_REPEATED and run_up_frames:
             self._to_repeat, self._next_is_near = [], True
             self._rollout = self._run_up_to(path)
         elif self._to_repeat and self._to_repeat[0].near:
@@ -245,21 +287,50 @@ class LiveVideo:
         if place in self._snapshots:
             return self._snapshots.fork(place)
         if place is None:
-            rollout = self._model.start(self.first_prompt, self.seed, self._image)
+            if self._image is not None:
+                self.folder.write_image(self._image)
+            rollout = self._model.start(self.first_prompt, self.seed, self._image, self._first_settings, self.source)
         else:
             rollout = self._model.resume(self.folder.rollout_path(place))
-        self._snapshots.keep(place, rollout)
+        self._keep(place, rollout)
         return rollout
 
     def _run_up_to(self, path: list[TimelineChunk]) -> WanRollout:
         """A rollout that is given the latents of the last chunks of `path`, whose `step` hands them out first."""
-        self._run_up_frames = self._model.run_up_frames
+        settings = self._settings_after(path)
+        self._run_up_frames = self._model.run_up_frames(settings)
         last = path[-self._model.num_chunks(self._run_up_frames) :]
         latents, noise = self.folder.read_latents([part.id for part in last])
-        return self._model.start_behind(latents[:, :, -self._run_up_frames :], noise, path[-1].prompt)
+        return self._model.start_behind(latents[:, :, -self._run_up_frames :], noise, path[-1].prompt, settings)
+
+    def _keep(self, place: int | None, rollout: WanRollout) -> None:
+        if self.source is None:
+            self._snapshots.keep(place, rollout)
+
+    def _decide(self) -> Decisions:
+        """What is decided before the next new chunk: what was asked for, and the prompt that is due."""
+        prompt = self._scheduled() if self._next.prompt is None else self._next.prompt
+        return replace(self._next, prompt=prompt)
+
+    def _scheduled(self) -> str | None:
+        """The prompt that the schedule has for the next chunk."""
+        tip = self.timeline.tip
+        before = -1 if tip is None else latent_frame_of(self.timeline.chunks[tip].start_frame)
+        due = [at for at in sorted(self._schedule) if before < at <= latent_frame_of(self._next_frame)]
+        return self._schedule[due[-1]] if due else None
+
+    def _settings_after(self, path: list[TimelineChunk]) -> dict[str, Any]:
+        """What a chunk behind this path is made with, if nothing is decided before it."""
+        return _joined(self._first_settings, *(chunk.decisions.settings for chunk in path))
 
     def _set_next(self, prompt: str) -> None:
-        self._next_prompt = None if prompt == self._prompt_at(self.timeline.tip) else prompt
+        self._schedule.clear()
+        self._next.prompt = None if prompt == self._prompt_at(self.timeline.tip) else prompt
 
     def _prompt_at(self, chunk: int | None) -> str:
         return self.first_prompt if chunk is None else self.timeline.chunks[chunk].prompt
+
+
+def _joined(*settings: dict[str, Any]) -> dict[str, Any]:
+    """Of two values the later one."""
+    return {name: value for part in settings for name, value in part.items()}

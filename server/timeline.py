@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+@dataclass
+class Decisions:
+    """What is decided right before a chunk; everything else stays as it is."""
+
+    prompt: str | None = None
+    seed: int | None = None
+    """To start the noise anew with."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class TimelineChunk:
     """A chunk, and the decisions before it: with those of its ancestors it can be made again to the bit."""
@@ -29,8 +39,15 @@ class TimelineChunk:
     """Prompt that was set right before it."""
     new_seed: int | None
     """Seed that the noise was started anew with right before it."""
+    new_settings: dict[str, Any] | None = None
+    """Settings that were changed right before it."""
     near: bool = False
     """Right before it the past was made anew from latents: near to what it was, not the same."""
+
+    @property
+    def decisions(self) -> Decisions:
+        """Made right before it."""
+        return Decisions(self.new_prompt, self.new_seed, dict(self.new_settings or {}))
 
     @property
     def stop_frame(self) -> int:
@@ -65,13 +82,15 @@ class Timeline:
         prompt: str,
         new_prompt: str | None,
         new_seed: int | None,
+        new_settings: dict[str, Any] | None = None,
         near: bool = False,
     ) -> TimelineChunk:
         """Lengthen the present branch by a chunk."""
         parent = self.tip
         index = 0 if parent is None else self.chunks[parent].index + 1
         chunk = TimelineChunk(
-            self.next_id, parent, self.branch, index, start_frame, frames, prompt, new_prompt, new_seed, near
+            *(self.next_id, parent, self.branch, index, start_frame, frames),
+            *(prompt, new_prompt, new_seed, new_settings, near),
         )
         self.chunks[chunk.id] = chunk
         self.tips[self.branch] = chunk.id
