@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import socket
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from wan_autoregressive.scripts.errors import print_note
 from wan_autoregressive.scripts.load_pipeline import check_model_folder, load_pipeline, model_folder
@@ -67,10 +70,11 @@ def run(args: argparse.Namespace) -> int:
     door = Door(args.host, args.token, tuple(args.allow_host), tuple(args.allow_origin))
     with ExitStack() as stack:
         listening = stack.enter_context(_listen(args.host, args.port))
+        folder = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-ar-serve-")))
+        stack.enter_context(_hold_state(folder))
         model = _load(args)
         chunk_s, step_s = model.measure()
         slots = args.slots or max(1, int(chunk_s / step_s))
-        folder = args.state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wan-ar-serve-")))
         limits = EngineLimits(
             slots=slots,
             queue=args.queue,
@@ -103,8 +107,25 @@ def _load(args: argparse.Namespace) -> LiveModel:
 
     config = read_settings(args)
     check_model_folder(model_folder(config))
+    if config.rollout.window_frames is None:
+        raise ValueError("a live video has no end, so what it sees of its past must have one; set --window-frames")
     pipe = load_pipeline(config)
     return LiveModel(pipe, config.rollout_settings(), config.fps, config.scale, model_folder(config).name)
+
+
+@contextmanager
+def _hold_state(folder: Path) -> Iterator[None]:
+    """Keep other servers from the same videos, until the process ends, however it ends."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another server uses --state '{folder}'; stop it, or give another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -61,10 +61,7 @@ def read_settings(args: argparse.Namespace) -> GenerateConfig:
              if getattr(args, name, None) is not None}  # fmt: skip
     file = {} if args.config is None else load_preset(args.config)
     model = str(flags.get("model", file.get("model")) or DEMO)
-    config = resolve_config(settings_of_model(model, args.config), file, flags)
-    if config.rollout.window_frames is None:
-        raise ValueError("a live video has no end, so its past must have one; set --window-frames")
-    return config
+    return resolve_config(settings_of_model(model, args.config), file, flags)
 
 
 def _flag(name: str) -> str:

@@ -29,7 +29,7 @@ from wan_autoregressive.server.seats import Seats
 
 logger = logging.getLogger(__name__)
 
-_ID_BYTES = 16
+_ID_BYTES = 16  # 22 characters; whoever knows a session's id may see it
 
 
 class Engine:
@@ -203,7 +203,8 @@ class Engine:
     # From the model's and the encoders' threads.
 
     def _failed(self, session: LiveSession, error: Exception) -> None:
-        if session.state == "gone":  # it was forgotten meanwhile, and its folder with it
+        if session.state == "gone":  # it was forgotten meanwhile
+            session.video.folder.remove()
             return
         logger.error("session failed", exc_info=error)
         self._figures.add({"failures": 1})

@@ -65,7 +65,7 @@ class VideoJobs:
             from_image=image is not None,
             model=model.name,
             size=model.size,
-            created_at=int(time.time()),
+            created_at=time.time(),
         )
         with self._changed:
             if self.num_waiting >= self._most_waiting:

@@ -270,8 +270,7 @@ class LiveVideo:
             base -= 1
         self._run_up_frames, self._next_is_near = 0, False
         self._to_repeat = path[base:]
-        run_up_frames = self._model.run_up_frames(self._settings_after(path))
-        if len(self._to_repeat) > MOST_REPEATED and run_up_frames:
+        if len(self._to_repeat) > MOST_REPEATED and self._can_run_up_to(path):
             self._to_repeat, self._next_is_near = [], True
             self._rollout = self._run_up_to(path)
         elif self._to_repeat and self._to_repeat[0].near:
@@ -294,6 +293,12 @@ class LiveVideo:
             rollout = self._model.resume(self.folder.rollout_path(place))
         self._keep(place, rollout)
         return rollout
+
+    def _can_run_up_to(self, path: list[TimelineChunk]) -> bool:
+        frames = self._model.run_up_frames(self._settings_after(path))
+        return bool(frames) and all(
+            self.folder.has_latents(part.id) for part in path[-self._model.num_chunks(frames) :]
+        )
 
     def _run_up_to(self, path: list[TimelineChunk]) -> WanRollout:
         """A rollout that is given the latents of the last chunks of `path`, whose `step` hands them out first."""

@@ -102,8 +102,9 @@ def _schemas() -> dict[str, Any]:
     client = TypeAdapter(ClientMessage).json_schema(ref_template=_SCHEMAS + "{model}")
     schemas.update(client.pop("$defs"))
     schemas["ClientMessage"] = client
-    server: list[type[BaseModel]] = ServerMessage.__subclasses__()
-    for model in (*server, VideoRequest):
+    server = ServerMessage.__subclasses__()
+    models: list[type[BaseModel]] = [*server, VideoRequest]
+    for model in models:
         schemas[model.__name__] = model.model_json_schema(ref_template=_SCHEMAS + "{model}")
     schemas["ServerMessage"] = {"oneOf": [{"$ref": _SCHEMAS + model.__name__} for model in server]}
     return schemas

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from pathlib import Path
 
 from wan_autoregressive.server.video_folder import VideoFolder
 
-ID_LENGTH = 22  # of 16 random bytes; whoever knows a session's id may see it
+_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 
 
 class ParkedVideos:
@@ -16,7 +17,10 @@ class ParkedVideos:
     def __init__(self, folder: Path, most: int) -> None:
         self._folder, self._most = folder, most
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._parked: OrderedDict[str, None] = OrderedDict((name, None) for name in self._saved())
+        self._parked: OrderedDict[str, None] = OrderedDict()
+        for name in self._found():
+            for old in self.put(name):
+                old.remove()
 
     def __contains__(self, key: object) -> bool:
         return key in self._parked
@@ -38,8 +42,11 @@ class ParkedVideos:
         """Not parked any more; its files stay."""
         self._parked.pop(key, None)
 
-    def _saved(self) -> list[str]:
-        """Sessions that can be taken up, by age; only under names that the engine gives."""
-        named = [path for path in self._folder.iterdir() if len(path.name) == ID_LENGTH]
-        saved = [path for path in named if (path / "session.json").is_file()]
-        return [path.name for path in sorted(saved, key=lambda path: (path / "session.json").stat().st_mtime)]
+    def _found(self) -> list[str]:
+        """Sessions that can be taken up, by age; what a crash left of others is removed. Only the engine's names."""
+        sessions = [VideoFolder(path) for path in self._folder.iterdir() if _ID.fullmatch(path.name)]
+        ages = {session.path.name: session.saved_at for session in sessions if session.is_one}
+        for name, saved_at in ages.items():
+            if saved_at is None:
+                self.folder(name).remove()
+        return [name for name, at in sorted(ages.items(), key=lambda item: item[1] or 0) if at is not None]

@@ -37,6 +37,19 @@ class VideoFolder:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._chunks.mkdir(mode=0o700, exist_ok=True)
 
+    @property
+    def is_one(self) -> bool:
+        """Whether `make` made it."""
+        return self._chunks.is_dir()
+
+    @property
+    def saved_at(self) -> float | None:
+        """When it was saved, in seconds since the epoch; None if never."""
+        try:
+            return self._description.stat().st_mtime
+        except FileNotFoundError:
+            return None
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -67,6 +80,9 @@ class VideoFolder:
         except SafetensorError as error:
             raise OSError(f"the latents of a chunk could not be written: {error}") from error
 
+    def has_latents(self, chunk: int) -> bool:
+        return self.chunk_path(chunk, "latents").is_file()
+
     def read_latents(self, chunks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of chunks in a row, joined along their frames, and the generator's state behind the last.
 
@@ -89,12 +105,12 @@ class VideoFolder:
             return file.convert("RGB")
 
     def write_description(self, values: dict[str, Any]) -> None:
-        write_text(self.path / "session.json", json.dumps({"format": FORMAT, **values}))
+        write_text(self._description, json.dumps({"format": FORMAT, **values}))
 
     def read_description(self) -> dict[str, Any]:
         """What was written last; `ValueError` if that cannot be read."""
         try:
-            values: dict[str, Any] = json.loads((self.path / "session.json").read_text(encoding="utf-8"))
+            values: dict[str, Any] = json.loads(self._description.read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"it has format {values['format']}, this version reads {FORMAT}")
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -120,6 +136,10 @@ class VideoFolder:
     @property
     def _chunks(self) -> Path:
         return self.path / "chunks"
+
+    @property
+    def _description(self) -> Path:
+        return self.path / "session.json"
 
     @property
     def image_path(self) -> Path:

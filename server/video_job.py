@@ -30,7 +30,8 @@ class VideoJob:
     from_image: bool
     model: str
     size: str
-    created_at: int
+    created_at: float
+    """Seconds since the epoch; finer than the API's, for the order."""
     status: Literal["queued", "in_progress", "completed", "failed"] = "queued"
     progress: int = 0
     """Percent."""
@@ -58,7 +59,7 @@ class VideoJob:
             "model": self.model,
             "status": self.status,
             "progress": self.progress,
-            "created_at": self.created_at,
+            "created_at": int(self.created_at),
             "completed_at": self.completed_at,
             "expires_at": None,
             "prompt": self.prompt,

@@ -1,5 +1,7 @@
 """What strangers send: only their own connection suffers, and a viewer beside them goes on."""
 
+import asyncio
+import itertools
 import json
 import socket
 import time
@@ -10,6 +12,10 @@ from live_viewer import RED, new_engine, until
 from live_web import WebViewer, running
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
+
+from wan_autoregressive.server.images import ImageShelf
+from wan_autoregressive.server.limits import PromptError
+from wan_autoregressive.server.live_socket import LiveSocket
 
 REQUEST = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 
@@ -157,3 +163,40 @@ def test_only_so_many_connections_of_an_address(pipe, tmp_path):
             assert b"200 OK" in again.recv(4096)
         for connection in held:
             connection.close()
+
+
+class DeafSocket:
+    """Says what it is told to, and takes nothing: every send waits for ever."""
+
+    def __init__(self, messages) -> None:
+        self.messages, self.closed = iter(messages), None
+
+    async def accept(self) -> None:
+        pass
+
+    async def receive(self) -> dict:
+        await asyncio.sleep(0)
+        return {"type": "websocket.receive", "text": json.dumps(next(self.messages))}
+
+    async def send_text(self, text: str) -> None:
+        await asyncio.Event().wait()
+
+    send_bytes = send_text
+
+    async def close(self, code: int) -> None:
+        self.closed = code
+
+
+def test_a_viewer_who_takes_nothing_cannot_pile_messages_up(engine, monkeypatch):
+    def refuse(self, prompt):
+        if prompt != RED:
+            raise PromptError("it is too long")
+
+    monkeypatch.setattr("wan_autoregressive.server.live_socket._MOST_OUTGOING", 8)
+    monkeypatch.setattr("wan_autoregressive.server.live_model.LiveModel.check_prompt", refuse)
+    started = engine.figures()["active"]
+    prompts = itertools.repeat({"type": "prompt", "prompt": "too long"}, 150)
+    deaf = DeafSocket(itertools.chain([{"type": "start", "prompt": RED}], prompts))
+    asyncio.run(LiveSocket(engine, ImageShelf(), idle_s=30).serve(deaf))
+    assert deaf.closed == 1008
+    assert engine.figures()["active"] == started

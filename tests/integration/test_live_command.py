@@ -3,11 +3,14 @@
 import json
 import socket
 
+import httpx2
 import pytest
 from live_server import ServerProcess
 from websockets.sync.client import connect
 
 from wan_autoregressive.scripts import cli
+from wan_autoregressive.scripts.generate_flags import parse_flags
+from wan_autoregressive.scripts.serve_settings import read_settings
 from wan_autoregressive.server.messages import unpack
 
 RED = "a red circle moving right on a navy background"
@@ -45,11 +48,47 @@ def test_a_video_goes_on_after_a_restart_to_the_bit(tmp_path):
     assert rest == {index: whole[index] for index in rest}
 
 
-def test_says_in_one_line_what_cannot_work(capsys):
+@pytest.mark.slow
+def test_a_stranger_gets_no_token_and_the_log_neither(tmp_path):
+    """And a state folder is one server's."""
+    token, log = "a-token-to-be-kept", tmp_path / "log"
+    words = ("--host", "0.0.0.0", "--token", token, "--state", str(tmp_path / "state"), "--sampler", "rolling")
+    server = ServerProcess(*words, log=log)
+    for query in (f"?token={token}", "?token=wrong", ""):
+        httpx2.get(f"http://127.0.0.1:{server.port}/{query}")
+        httpx2.get(f"http://127.0.0.1:{server.port}/v1/live{query}", headers={"Upgrade": "nonsense"})
+    with pytest.raises(RuntimeError, match="another server uses --state"):
+        ServerProcess(*words, log=tmp_path / "second.log")
+    with connect(f"ws://127.0.0.1:{server.port}/v1/live?token={token}") as live:
+        assert json.loads(live.recv())["type"] == "hello"
+    server.stop()
+    assert token not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--config", "rolling_forcing", "--model", "demo", "--window-frames", "9"),
+        ("--sampler", "recompute", "--steps", "1000,500", "--no-clean-pass", "--sink-frames", "3", "--shift", "7"),
+        ("--preset", "longlive", "--kv-dtype", "int8", "--fps", "12", "--switch-policy", "flush"),
+    ],
+)
+def test_settings_are_those_of_generate(words):
+    parser = cli.build_parser(["serve"])
+    found = read_settings(parser.parse_args(["serve", *words]))
+    generated = parse_flags(["--config" if word == "--preset" else word for word in words])
+    assert found == generated.config
+
+
+def test_says_in_one_line_what_cannot_work(capsys, tiny_checkpoint):
     for words, message in (
         (("--slots", "0"), "--slots must be at least 1, got 0"),
         (("--port", "70000"), "--port must be at most 65535, got 70000"),
         (("--token", "x"), "--token must have at least 8 characters"),
+        (("--checkpoint-every", "-1"), "--checkpoint-every must be at least 0, got -1"),
+        (("--sampler", "magic"), "sampler is 'magic'; allowed are"),
+        (("--model", str(tiny_checkpoint)), "a live video has no end"),
         (("--model", "nowhere"), "the model folder 'nowhere' does not exist"),
     ):
         assert cli.main(["serve", *words]) == 2

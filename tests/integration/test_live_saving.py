@@ -25,7 +25,11 @@ def test_after_a_crash_a_video_goes_on_from_its_checkpoint_to_the_bit(pipe, tmp_
     made = len(viewer.session.video.timeline.chunks)
     engine.shutdown()
 
+    never_saved, foreign = tmp_path / "killed" / ("A" * 22), tmp_path / "killed" / ("B" * 22)
+    shutil.copytree(tmp_path / "killed" / viewer.session.id / "chunks", never_saved / "chunks")
+    foreign.mkdir()
     engine = new_engine(pipe, tmp_path / "killed")
+    assert (never_saved.exists(), foreign.exists()) == (False, True)
     again = Viewer(engine, resume=viewer.session.id, ahead=1)
     saved = again.wait_for("started").num_chunks
     assert saved in (4, 5)
