@@ -23,7 +23,6 @@ from PIL import Image
 from wan_autoregressive.server.chunk_files import IMAGES_CODEC, codec_of, encode_images, encode_mp4, encode_thumbnail
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.live_session import Emit, LiveSession, cut_point, nobody
-from wan_autoregressive.server.live_settings import start_arguments
 from wan_autoregressive.server.live_video import LiveVideo, MadeChunk, read_description, remove_chunk
 from wan_autoregressive.server.messages import (
     ChangePrompt,
@@ -41,6 +40,7 @@ from wan_autoregressive.server.messages import (
     Start,
     Started,
 )
+from wan_autoregressive.server.video_plan import VideoPlan
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +139,9 @@ class Engine:
 
     def camera_frame(self, session: LiveSession, image: bytes) -> None:
         """A frame of the viewer's camera. Raises `ValueError` if the video is not made from one."""
-        if session.video.source is None:
+        if session.video.plan.source is None:
             raise ValueError("frames are taken where the video was started with camera: true")
-        session.video.source.put(image)
+        session.video.plan.source.put(image)
         with self._changed:
             self._changed.notify_all()
 
@@ -211,10 +211,8 @@ class Engine:
             raise ValueError("a new video needs a prompt")
         key = secrets.token_urlsafe(_ID_BYTES)
         seed = secrets.randbelow(2**32) if start.seed is None else start.seed
-        video = LiveVideo(
-            *(self.model, self._folder / key, start.prompt, seed, image, self.limits.snapshots),
-            *start_arguments(self.model, start),
-        )
+        plan = VideoPlan.from_start(self.model, start)
+        video = LiveVideo(self.model, self._folder / key, start.prompt, seed, image, self.limits.snapshots, plan)
         return LiveSession(key, video, emit, start.ahead, self._cost_s)
 
     def _take_up(self, key: str) -> LiveSession:
@@ -330,13 +328,13 @@ class Engine:
             return
         if isinstance(command, ChangePrompt):
             frame = None
-            if command.playhead is not None and video.source is None:
+            if command.playhead is not None and video.plan.source is None:
                 frame = (command.playhead + session.cost_s) * self.model.fps
             after = cut_point(video.timeline.branch_path(), session.played, frame)
             dropped = video.change_prompt(command.prompt, after)
         else:
             after = command.chunk
-            if video.source is not None:
+            if video.plan.source is not None:
                 session.fail("camera", "a video from the camera cannot be taken back: the camera's frames are gone")
                 return
             try:

@@ -51,7 +51,7 @@ class LiveSession:
     @property
     def wants_chunk(self) -> bool:
         """Whether there is room for one: neither far ahead of the viewer nor of what the socket takes."""
-        source = self.video.source
+        source = self.video.plan.source
         if source is not None and not source.ready:
             return False
         return not self.paused and self.lead < self.ahead and self.unsent < self.ahead and not self.told_of_limit

@@ -22,13 +22,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from wan_autoregressive.atomic_file import write_text
-from wan_autoregressive.configs.prompt_times import latent_frame_of
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.server.live_model import LiveModel
-from wan_autoregressive.server.live_settings import check_settings
-from wan_autoregressive.server.live_source import LiveSource
 from wan_autoregressive.server.timeline import Timeline, TimelineChunk
+from wan_autoregressive.server.video_plan import VideoPlan
 
 FORMAT = 1
 IMAGE_NAME = "image.png"
@@ -50,9 +48,7 @@ class LiveVideo:
     Args:
         folder: Its own; holds chunks, and after `save` all that is needed to go on.
         snapshots: Places of the video, beside its start, that are kept in memory to go back to at once.
-        settings: Of its rollout, instead of the model's.
-        schedule: Later prompts by latent frame; forgotten once one is set by hand.
-        source: Frames that it is made from. They are gone once they are used, so there is no way back in it.
+        plan: Settings, prompts to come, a camera.
     """
 
     def __init__(
@@ -63,13 +59,9 @@ class LiveVideo:
         seed: int,
         image: Image.Image | None = None,
         snapshots: int = 8,
-        settings: dict[str, Any] | None = None,
-        schedule: dict[int, str] | None = None,
-        source: LiveSource | None = None,
+        plan: VideoPlan | None = None,
     ) -> None:
-        self.source = source
-        self._first_settings, self._schedule = dict(settings or {}), dict(schedule or {})
-        self._next_settings: dict[str, Any] = {}
+        self.plan = VideoPlan() if plan is None else plan
         self.folder, self.first_prompt, self.seed = folder, prompt, seed
         self.timeline = Timeline()
         self.lock = threading.Lock()
@@ -96,12 +88,7 @@ class LiveVideo:
     @property
     def settings(self) -> dict[str, Any]:
         """What the next chunk is made with that is not the model's own."""
-        changes = [chunk.new_settings or {} for chunk in self.timeline.branch_path()]
-        return {
-            name: value
-            for part in (self._first_settings, *changes, self._next_settings)
-            for name, value in part.items()
-        }
+        return self.plan.settings_after(self.timeline.branch_path())
 
     @property
     def num_to_repeat(self) -> int:
@@ -114,9 +101,12 @@ class LiveVideo:
         repeated = self._to_repeat[0] if self._to_repeat else None
         new_prompt = repeated.new_prompt if repeated else self._next_prompt
         new_seed = repeated.new_seed if repeated else self._next_seed
-        new_settings = (repeated.new_settings if repeated else self._next_settings) or None
+        new_settings = repeated.new_settings if repeated else self.plan.next_settings or None
         if repeated is None and new_prompt is None:
-            new_prompt = self._scheduled(rollout.frames_done)
+            tip = self.timeline.tip
+            new_prompt = self.plan.planned_prompt(
+                None if tip is None else self.timeline.chunks[tip], rollout.frames_done
+            )
         if new_seed is not None:
             rollout.noise.generator.manual_seed(new_seed)  # type: ignore[union-attr]
         try:
@@ -136,8 +126,7 @@ class LiveVideo:
                 *(made.start_pixel_frame, len(frames), new_prompt or self._prompt_now()),
                 *(new_prompt, new_seed, new_settings),
             )
-        self._next_prompt = self._next_seed = None
-        self._next_settings = {}
+        self._forget_next()
         self._keep_snapshot(entry.id)
         return MadeChunk(entry, frames, made)
 
@@ -146,9 +135,7 @@ class LiveVideo:
         with self.lock:
             before = self.timeline.branch_path()
             dropped = self.timeline.cut_after(after)
-        for chunk in before:  # what was set there still holds
-            if chunk.id in dropped:
-                self._next_settings = {**(chunk.new_settings or {}), **self._next_settings}
+        self.plan.keep_changes_of(chunk for chunk in before if chunk.id in dropped)
         for part in dropped:
             self._snapshots.pop(part, None)
             remove_chunk(self.chunk_folder, part)
@@ -163,8 +150,7 @@ class LiveVideo:
             before = self.timeline.tip
             self.timeline.go_on_after(after)
         if after != before:
-            self._next_prompt = self._next_seed = None
-            self._next_settings = {}
+            self._forget_next()
             self._go_to(after)
         if prompt is not None:
             self._set_next(prompt)
@@ -173,15 +159,11 @@ class LiveVideo:
 
     def change_settings(self, settings: dict[str, Any]) -> None:
         """Make the next chunk and later ones with other settings. Raises `ValueError` for what cannot change so."""
-        present = check_settings(self._model, self.settings)
-        new = {name: value for name, value in settings.items() if getattr(present, name) != value}
-        present.changed(**new)
-        check_settings(self._model, {**self.settings, **new})
-        self._next_settings.update(new)
+        self.plan.change(self._model, self.timeline.branch_path(), settings)
 
     def save(self) -> None:
         """Write what is needed to go on from the end of the present branch to the bit."""
-        if self._rollout is not None and not self._to_repeat and self.source is None:
+        if self._rollout is not None and not self._to_repeat and self.plan.source is None:
             self._rollout.save(self._state_folder())
         write_text(self.folder / "session.json", json.dumps(self.describe()))
         for old in set(self.folder.glob("rollout-*")) - {self._state_folder()}:
@@ -196,11 +178,8 @@ class LiveVideo:
                 "seed": self.seed,
                 "next_prompt": self._next_prompt,
                 "next_seed": self._next_seed,
-                "next_settings": self._next_settings,
-                "settings": self._first_settings,
-                "schedule": {str(frame): prompt for frame, prompt in self._schedule.items()},
+                **self.plan.as_dict(),
                 "from_image": self._image is not None,
-                "from_camera": self.source is not None,
                 "fps": self._model.fps,
                 **self.timeline.as_dict(),
             }
@@ -217,13 +196,8 @@ class LiveVideo:
         if values["from_image"]:
             with Image.open(folder / IMAGE_NAME, formats=("PNG",)) as file:
                 image = file.convert("RGB")
-        if values.get("from_camera"):
-            raise ValueError("it was made from a camera, whose frames are gone; it can be watched, and not go on")
-        schedule = {int(frame): prompt for frame, prompt in values.get("schedule", {}).items()}
-        video = cls(
-            *(model, folder, values["prompt"], values["seed"], image, snapshots), values.get("settings"), schedule
-        )
-        video._next_settings = values.get("next_settings", {})
+        plan = VideoPlan.from_dict(values)
+        video = cls(model, folder, values["prompt"], values["seed"], image, snapshots, plan)
         video.timeline = Timeline.from_dict(values)
         video._next_prompt, video._next_seed = values["next_prompt"], values["next_seed"]
         return video
@@ -242,8 +216,9 @@ class LiveVideo:
         return self._rollout
 
     def _start(self) -> WanRollout:
-        rollout = self._model.start(self.first_prompt, self.seed, self._image, self._first_settings, self.source)
-        if self.source is None:
+        plan = self.plan
+        rollout = self._model.start(self.first_prompt, self.seed, self._image, plan.settings, plan.source)
+        if plan.source is None:
             self._snapshots[None] = rollout.fork()
         return rollout
 
@@ -254,15 +229,12 @@ class LiveVideo:
         self._to_repeat = [part for part in path if held is None or part.index > self.timeline.chunks[held].index]
         self._rollout = self._snapshots[held].fork() if held in self._snapshots else self._start()
 
-    def _scheduled(self, frame: int) -> str | None:
-        """The prompt that the schedule has for a chunk that begins with this latent frame."""
-        tip = self.timeline.tip
-        before = -1 if tip is None else latent_frame_of(self.timeline.chunks[tip].start_frame)
-        due = [at for at in sorted(self._schedule) if before < at <= frame]
-        return self._schedule[due[-1]] if due else None
+    def _forget_next(self) -> None:
+        self._next_prompt = self._next_seed = None
+        self.plan.next_settings = {}
 
     def _set_next(self, prompt: str) -> None:
-        self._schedule.clear()
+        self.plan.schedule.clear()
         self._next_prompt = None if prompt == self._prompt_now() else prompt
 
     def _prompt_now(self) -> str:
@@ -271,7 +243,7 @@ class LiveVideo:
 
     def _keep_snapshot(self, chunk: int | None) -> None:
         assert self._rollout is not None
-        if self.source is not None:
+        if self.plan.source is not None:
             return
         self._snapshots[chunk] = self._rollout.fork()
         while len(self._snapshots) - (None in self._snapshots) > self._max_snapshots:
