@@ -52,7 +52,7 @@ $(VENV)/.browser: $(READY)
 	touch $(VENV)/.browser
 
 test-browser: $(VENV)/.browser $(LINKS)
-	WAN_AR_BROWSER_TESTS=required $(BIN)/pytest -n 0 -s tests/integration/test_live_page*.py
+	REQUIRE_BROWSER=1 $(BIN)/pytest -n 0 -s tests/integration/test_live_page*.py
 
 test-plain-cpu: $(READY) $(LINKS)
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "not slow" -k "$(EXACT)"
