@@ -104,9 +104,7 @@ class LiveVideo:
         new_settings = repeated.new_settings if repeated else self.plan.next_settings or None
         if repeated is None and new_prompt is None:
             tip = self.timeline.tip
-            new_prompt = self.plan.planned_prompt(
-                None if tip is None else self.timeline.chunks[tip], rollout.frames_done
-            )
+            new_prompt = self.plan.planned_prompt(None if tip is None else self.timeline.chunks[tip])
         if new_seed is not None:
             rollout.noise.generator.manual_seed(new_seed)  # type: ignore[union-attr]
         try:

@@ -68,9 +68,11 @@ class VideoPlan:
             changed |= chunk.new_settings or {}
         self.next_settings = changed | self.next_settings
 
-    def planned_prompt(self, before: TimelineChunk | None, frame: int) -> str | None:
-        """The prompt that sets in with a chunk that begins at latent frame `frame`, behind the chunk `before`."""
-        last = -1 if before is None else latent_frame_of(before.start_frame)
+    def planned_prompt(self, before: TimelineChunk | None) -> str | None:
+        """The prompt that sets in right behind a chunk; None for the start of the video."""
+        last, frame = (
+            (-1, 0) if before is None else (latent_frame_of(before.start_frame), latent_frame_of(before.stop_frame))
+        )
         due = [at for at in sorted(self.schedule) if last < at <= frame]
         return self.schedule[due[-1]] if due else None
 
