@@ -62,7 +62,7 @@ def from_schedule(model: LiveModel, folder, text: str, image=None) -> LiveVideo:
     named = plan.pop("image")
     assert (named is None) == (image is None)
     start = Start.model_validate({name: value for name, value in plan.items() if value is not None})
-    return LiveVideo(model, folder, start.prompt, start.seed, image, 8, VideoPlan.from_start(model, start))
+    return LiveVideo(model, folder, start.prompt, start.seed, image, plan=VideoPlan.from_start(model, start))
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_a_branch_leaves_with_its_own_past(pipe, tmp_path):
 def test_a_prompt_by_hand_ends_the_schedule(pipe, tmp_path):
     model = live_model(pipe)
     start = Start(prompt=RED, seed=1, prompt_changes={"3": GREEN, "1s": "rain", "9": "snow"})
-    video = LiveVideo(model, tmp_path / "state", RED, 1, None, 8, VideoPlan.from_start(model, start))
+    video = LiveVideo(model, tmp_path / "state", RED, 1, None, plan=VideoPlan.from_start(model, start))
     watch(video, 3)
     video.change_prompt("fog", after=video.timeline.tip)
     watch(video, 2)
