@@ -52,7 +52,7 @@ $(VENV)/.browser: $(READY)
 	touch $(VENV)/.browser
 
 test-browser: $(VENV)/.browser $(LINKS)
-	WAN_AR_BROWSER_TESTS=required $(BIN)/pytest -n 0 -s tests/integration/test_live_page*.py
+	REQUIRE_BROWSER=1 $(BIN)/pytest -n 0 -s tests/integration/test_live_page*.py
 
 # Triton's kernels in its interpreter, which needs no GPU: a process of its own, since the variable is read at import.
 test-kernels: $(READY) $(LINKS)

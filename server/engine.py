@@ -20,12 +20,12 @@ from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.limits import EngineLimits, UnknownSessionError
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.live_session import Emit, LiveSession, nobody
-from wan_autoregressive.server.live_settings import start_arguments
 from wan_autoregressive.server.live_video import LiveVideo
 from wan_autoregressive.server.messages import ChangePrompt, Command, Error, Fork, Pause, Played, Resume, Start
 from wan_autoregressive.server.model_thread import ModelThread, save
 from wan_autoregressive.server.parked_videos import ParkedVideos
 from wan_autoregressive.server.seats import Seats
+from wan_autoregressive.server.video_plan import VideoPlan
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,10 @@ class Engine:
 
     def camera_frame(self, session: LiveSession, image: bytes) -> None:
         """A frame of the viewer's camera. Raises `ValueError` if the video is not made from one."""
-        if session.video.source is None:
+        source = session.video.plan.source
+        if source is None:
             raise ValueError("frames are taken where the video was started with camera: true")
-        session.video.source.put(image)
+        source.put(image)
         with self._changed:
             self._changed.notify_all()
 
@@ -171,11 +172,9 @@ class Engine:
             raise ValueError("a new video needs a prompt")
         key = secrets.token_urlsafe(_ID_BYTES)
         seed = secrets.randbelow(2**32) if start.seed is None else start.seed
-        folder = self._parked.folder(key).path
+        folder, plan = self._parked.folder(key).path, VideoPlan.from_start(self.model, start)
         video = LiveVideo(
-            *(self.model, folder, start.prompt, seed, image, self.limits.snapshots),
-            *start_arguments(self.model, start),
-            stop_frame=stop_frame,
+            *(self.model, folder, start.prompt, seed, image), self.limits.snapshots, plan, stop_frame=stop_frame
         )
         return LiveSession(key, video, self._cost_s)
 

@@ -56,7 +56,11 @@ class LiveSession:
     def wants_chunk(self) -> bool:
         """Whether there is room for one: neither far ahead of the viewer nor of what the socket takes."""
         has_room = self.lead < self.ahead and self.unsent < self.ahead
-        return has_room and self.video.has_frames and not (self.paused or self.told_of_limit or self.video.is_complete)
+        return (
+            has_room
+            and self.video.plan.has_frames
+            and not (self.paused or self.told_of_limit or self.video.is_complete)
+        )
 
     @property
     def in_background(self) -> bool:

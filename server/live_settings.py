@@ -8,18 +8,15 @@ from typing import Any
 from docstring_parser import parse_from_object
 
 from wan_autoregressive.configs.messages import one_line
-from wan_autoregressive.configs.prompt_times import latent_frame_at
 from wan_autoregressive.configs.registry import SAMPLERS, SWITCH_POLICIES
 from wan_autoregressive.configs.rollout_config import CHANGEABLE, RolloutConfig
 from wan_autoregressive.pipelines.input_checks import check_experts, check_extensions
 from wan_autoregressive.server.live_model import LiveModel
-from wan_autoregressive.server.live_source import LiveSource
-from wan_autoregressive.server.messages import LiveSettings, Start
+from wan_autoregressive.server.messages import LiveSettings
 
 _MOST_WINDOWS = 3
 """A viewer's window is at most so many times the server's own: it decides what a session costs in memory."""
 _MOST_STEPS = 50
-_CAMERA_STRENGTH = 0.75
 
 
 def check_settings(model: LiveModel, settings: dict[str, Any]) -> RolloutConfig:
@@ -36,26 +33,6 @@ def check_settings(model: LiveModel, settings: dict[str, Any]) -> RolloutConfig:
     check_extensions(config)
     check_experts(model.pipe.wan_components(), config)
     return config
-
-
-def start_arguments(model: LiveModel, start: Start) -> tuple[dict[str, Any], dict[int, str], LiveSource | None]:
-    """Settings, later prompts by latent frame, and the camera of a video that is asked for.
-
-    Raises:
-        ValueError: they cannot work.
-    """
-    settings, source = start.settings.given(), None
-    if start.camera and (start.image is not None or start.prompt_changes):
-        raise ValueError("a video from the camera has neither an image to start from nor a schedule")
-    if start.camera:
-        settings.setdefault("strength", model.settings.get("strength") or _CAMERA_STRENGTH)
-    else:
-        settings.pop("strength", None)
-    config = check_settings(model, settings)
-    if start.camera:
-        source = LiveSource(config.height, config.width, config.largest_chunk_frames)
-    changes = start.prompt_changes or {}
-    return settings, {latent_frame_at(time, model.fps): prompt for time, prompt in changes.items()}, source
 
 
 def most_of(model: LiveModel) -> dict[str, int]:

@@ -18,15 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from wan_autoregressive.configs.prompt_times import latent_frame_of
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.pipelines.snapshots import Snapshots
 from wan_autoregressive.server.live_model import LiveModel
-from wan_autoregressive.server.live_settings import check_settings
-from wan_autoregressive.server.live_source import LiveSource
 from wan_autoregressive.server.timeline import Decisions, Timeline, TimelineChunk
 from wan_autoregressive.server.video_folder import VideoFolder
+from wan_autoregressive.server.video_plan import VideoPlan
 
 MOST_REPEATED = 8
 """Chunks that are made again, unseen, for the sake of exactness."""
@@ -47,9 +45,7 @@ class LiveVideo:
     Args:
         folder: Its own; holds chunks, and after `save` all that is needed to go on.
         snapshots: Places of the video, beside its start, that are kept in memory to go back to at once.
-        settings: Of its rollout, instead of the model's.
-        schedule: Later prompts by latent frame; forgotten once one is set by hand.
-        source: Frames that it is made from.
+        plan: Settings, prompts to come, a camera.
         stop_frame: Pixel frames that the video is to have; the last chunk is cut there. None does not end.
     """
 
@@ -61,21 +57,17 @@ class LiveVideo:
         seed: int,
         image: Image.Image | None = None,
         snapshots: int = 8,
-        settings: dict[str, Any] | None = None,
-        schedule: dict[int, str] | None = None,
-        source: LiveSource | None = None,
+        plan: VideoPlan | None = None,
         stop_frame: int | None = None,
     ) -> None:
         self.folder, self.first_prompt, self.seed = VideoFolder(folder), prompt, seed
-        self.source, self.stop_frame = source, stop_frame
+        self.plan, self.stop_frame = plan or VideoPlan(), stop_frame
         self.timeline = Timeline()
         self.lock = threading.Lock()
         self._model, self._image = model, image
-        self._first_settings, self._schedule = dict(settings or {}), dict(schedule or {})
         self._snapshots: Snapshots[int | None] = Snapshots(None, snapshots)
         self._rollout: WanRollout | None = None
         self._to_repeat: list[TimelineChunk] = []
-        self._next = Decisions()
         self._next_is_near = False
         self._run_up_frames = 0
         """Latent frames of the rollout that are given, to see a past; they are chunks of the timeline already."""
@@ -84,17 +76,12 @@ class LiveVideo:
     @property
     def prompt(self) -> str:
         """Of the next chunk."""
-        return self._decide().prompt or self._prompt_at(self.timeline.tip)
+        return self.plan.decide(self._tip).prompt or self._present_prompt
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the next chunk is made with that is not the model's own."""
-        return _joined(self._settings_after(self.timeline.branch_path()), self._next.settings)
-
-    @property
-    def has_frames(self) -> bool:
-        """Whether a chunk can be made: the camera, if there is one, has sent enough."""
-        return self.source is None or self.source.ready
+        return self.plan.next_settings(self.timeline.branch_path())
 
     @property
     def is_complete(self) -> bool:
@@ -126,7 +113,7 @@ class LiveVideo:
             rollout.step()
             return None
         repeated = self._to_repeat[0] if self._to_repeat else None
-        decided = repeated.decisions if repeated else self._decide()
+        decided = repeated.decisions if repeated else self.plan.decide(self._tip)
         if decided.seed is not None:
             rollout.noise.generator.manual_seed(decided.seed)  # type: ignore[union-attr]
         if decided.settings:
@@ -142,11 +129,8 @@ class LiveVideo:
         noise = rollout.noise.generator.get_state()  # type: ignore[union-attr]
         self.folder.write_latents(self.timeline.next_id, made.latents, noise)
         with self.lock:
-            entry = self.timeline.append(
-                *(self._next_frame, len(frames), self.prompt),
-                *(decided.prompt, decided.seed, decided.settings or None, self._next_is_near),
-            )
-        self._next, self._next_is_near = Decisions(), False
+            entry = self.timeline.append(self._next_frame, len(frames), self.prompt, decided, self._next_is_near)
+        self.plan.next, self._next_is_near = Decisions(), False
         self._keep(entry.id, rollout)
         return MadeChunk(entry, frames, made)
 
@@ -155,8 +139,7 @@ class LiveVideo:
         with self.lock:
             before = self.timeline.branch_path()
             dropped = self.timeline.cut_after(after)
-        settings = [chunk.decisions.settings for chunk in before if chunk.id in dropped]
-        self._next.settings = _joined(*settings, self._next.settings)  # what was set there still holds
+        self.plan.keep_changes_of(chunk for chunk in before if chunk.id in dropped)
         self._snapshots.drop(dropped)
         for part in dropped:
             self.folder.remove_chunk(part)
@@ -171,20 +154,16 @@ class LiveVideo:
             before = self.timeline.tip
             self.timeline.go_on_after(after)
         if after != before:
-            self._next = Decisions()
+            self.plan.next = Decisions()
             self._go_to(after)
         if prompt is not None:
             self._set_next(prompt)
         if seed is not None:
-            self._next.seed = seed
+            self.plan.next = replace(self.plan.next, seed=seed)
 
     def change_settings(self, settings: dict[str, Any]) -> None:
         """Make the next chunk and later ones with other settings. Raises `ValueError` for what cannot change so."""
-        present = check_settings(self._model, self.settings)
-        new = {name: value for name, value in settings.items() if getattr(present, name) != value}
-        present.changed(**new)
-        check_settings(self._model, {**self.settings, **new})
-        self._next.settings.update(new)
+        self.plan.change_settings(self._model, self.timeline.branch_path(), settings)
 
     def save(self) -> None:
         """Write what is needed to go on from the end of the present branch, to the bit where that is exact.
@@ -193,7 +172,7 @@ class LiveVideo:
             OSError: it could not be written; what was saved before is still whole.
         """
         tip = self.timeline.tip
-        if self._rollout is not None and not (self._to_repeat or self._next_is_near or self.source):
+        if self._rollout is not None and not (self._to_repeat or self._next_is_near or self.plan.source):
             self.folder.save_rollout(tip, self._rollout)
         self.folder.write_description(self.describe())
         if self.folder.has_rollout(tip):  # else an older one is what to begin from
@@ -205,13 +184,8 @@ class LiveVideo:
             return {
                 "prompt": self.first_prompt,
                 "seed": self.seed,
-                "next_prompt": self._next.prompt,
-                "next_seed": self._next.seed,
-                "next_settings": self._next.settings,
-                "settings": self._first_settings,
-                "schedule": {str(frame): prompt for frame, prompt in self._schedule.items()},
+                **self.plan.as_dict(),
                 "from_image": self._image is not None,
-                "from_camera": self.source is not None,
                 "fps": self._model.fps,
                 **self.timeline.as_dict(),
             }
@@ -226,16 +200,10 @@ class LiveVideo:
         """
         folder = VideoFolder(path)
         values = folder.read_description()
-        if values.get("from_camera"):
-            raise ValueError("it was made from a camera, whose frames are gone; it can be watched, and not go on")
+        plan = VideoPlan.from_dict(values)
         image = folder.read_image() if values["from_image"] else None
-        schedule = {int(frame): prompt for frame, prompt in values.get("schedule", {}).items()}
-        video = cls(
-            *(model, path, values["prompt"], values["seed"], image, snapshots, values.get("settings"), schedule),
-            stop_frame=stop_frame,
-        )
+        video = cls(model, path, values["prompt"], values["seed"], image, snapshots, plan, stop_frame)
         video.timeline = Timeline.from_dict(values)
-        video._next = Decisions(values["next_prompt"], values["next_seed"], values.get("next_settings", {}))
         video._mend()
         return video
 
@@ -251,10 +219,18 @@ class LiveVideo:
                 self.folder.remove_chunk(chunk)
 
     @property
+    def _tip(self) -> TimelineChunk | None:
+        """The chunk before the next one."""
+        return None if self.timeline.tip is None else self.timeline.chunks[self.timeline.tip]
+
+    @property
     def _next_frame(self) -> int:
         """First pixel frame of the next chunk."""
-        tip = self.timeline.tip
-        return 0 if tip is None else self.timeline.chunks[tip].stop_frame
+        return 0 if self._tip is None else self._tip.stop_frame
+
+    @property
+    def _present_prompt(self) -> str:
+        return self.first_prompt if self._tip is None else self._tip.prompt
 
     def _open(self) -> WanRollout:
         if self._rollout is None:
@@ -288,54 +264,30 @@ class LiveVideo:
         if place is None:
             if self._image is not None:
                 self.folder.write_image(self._image)
-            rollout = self._model.start(self.first_prompt, self.seed, self._image, self._first_settings, self.source)
+            plan = self.plan
+            rollout = self._model.start(self.first_prompt, self.seed, self._image, plan.settings, plan.source)
         else:
             rollout = self._model.resume(self.folder.rollout_path(place))
         self._keep(place, rollout)
         return rollout
 
     def _can_run_up_to(self, path: list[TimelineChunk]) -> bool:
-        frames = self._model.run_up_frames(self._settings_after(path))
+        frames = self._model.run_up_frames(self.plan.settings_after(path))
         return bool(frames) and all(
             self.folder.has_latents(part.id) for part in path[-self._model.num_chunks(frames) :]
         )
 
     def _run_up_to(self, path: list[TimelineChunk]) -> WanRollout:
         """A rollout that is given the latents of the last chunks of `path`, whose `step` hands them out first."""
-        settings = self._settings_after(path)
+        settings = self.plan.settings_after(path)
         self._run_up_frames = self._model.run_up_frames(settings)
         last = path[-self._model.num_chunks(self._run_up_frames) :]
         latents, noise = self.folder.read_latents([part.id for part in last])
         return self._model.start_behind(latents[:, :, -self._run_up_frames :], noise, path[-1].prompt, settings)
 
     def _keep(self, place: int | None, rollout: WanRollout) -> None:
-        if self.source is None:
+        if self.plan.source is None:
             self._snapshots.keep(place, rollout)
 
-    def _decide(self) -> Decisions:
-        """What is decided before the next new chunk: what was asked for, and the prompt that is due."""
-        prompt = self._scheduled() if self._next.prompt is None else self._next.prompt
-        return replace(self._next, prompt=prompt)
-
-    def _scheduled(self) -> str | None:
-        """The prompt that the schedule has for the next chunk."""
-        tip = self.timeline.tip
-        before = -1 if tip is None else latent_frame_of(self.timeline.chunks[tip].start_frame)
-        due = [at for at in sorted(self._schedule) if before < at <= latent_frame_of(self._next_frame)]
-        return self._schedule[due[-1]] if due else None
-
-    def _settings_after(self, path: list[TimelineChunk]) -> dict[str, Any]:
-        """What a chunk behind this path is made with, if nothing is decided before it."""
-        return _joined(self._first_settings, *(chunk.decisions.settings for chunk in path))
-
     def _set_next(self, prompt: str) -> None:
-        self._schedule.clear()
-        self._next.prompt = None if prompt == self._prompt_at(self.timeline.tip) else prompt
-
-    def _prompt_at(self, chunk: int | None) -> str:
-        return self.first_prompt if chunk is None else self.timeline.chunks[chunk].prompt
-
-
-def _joined(*settings: dict[str, Any]) -> dict[str, Any]:
-    """Of two values the later one."""
-    return {name: value for part in settings for name, value in part.items()}
+        self.plan.change_prompt(None if prompt == self._present_prompt else prompt)

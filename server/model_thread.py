@@ -113,13 +113,13 @@ class ModelThread:
             return
         if isinstance(command, ChangePrompt):
             frame = None
-            if command.playhead is not None and video.source is None:
+            if command.playhead is not None and video.plan.source is None:
                 frame = (command.playhead + session.cost_s) * self._fps
             after = cut_point(video.timeline.branch_path(), session.played, frame)
             dropped = video.change_prompt(command.prompt, after)
         else:
             after = command.chunk
-            if video.source is not None:
+            if video.plan.source is not None:
                 session.fail("camera", "a video from the camera cannot be taken back: the camera's frames are gone")
                 return
             try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decisions:
     """What is decided right before a chunk; everything else stays as it is."""
 
@@ -76,21 +76,22 @@ class Timeline:
         return sum(chunk.frames for chunk in self.chunks.values())
 
     def append(
-        self,
-        start_frame: int,
-        frames: int,
-        prompt: str,
-        new_prompt: str | None,
-        new_seed: int | None,
-        new_settings: dict[str, Any] | None = None,
-        near: bool = False,
+        self, start_frame: int, frames: int, prompt: str, decided: Decisions, near: bool = False
     ) -> TimelineChunk:
         """Lengthen the present branch by a chunk."""
         parent = self.tip
-        index = 0 if parent is None else self.chunks[parent].index + 1
         chunk = TimelineChunk(
-            *(self.next_id, parent, self.branch, index, start_frame, frames),
-            *(prompt, new_prompt, new_seed, new_settings, near),
+            id=self.next_id,
+            parent=parent,
+            branch=self.branch,
+            index=0 if parent is None else self.chunks[parent].index + 1,
+            start_frame=start_frame,
+            frames=frames,
+            prompt=prompt,
+            new_prompt=decided.prompt,
+            new_seed=decided.seed,
+            new_settings=decided.settings or None,
+            near=near,
         )
         self.chunks[chunk.id] = chunk
         self.tips[self.branch] = chunk.id

@@ -11,7 +11,7 @@ import pytest
 
 RED, GREEN = "a red circle moving right on a navy background", "a green cross moving left on a navy background"
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
-REQUIRED = os.environ.get("WAN_AR_BROWSER_TESTS") == "required"
+REQUIRED = os.environ.get("REQUIRE_BROWSER") == "1"
 """Set where a missing browser is a failure and no reason to skip."""
 
 # Pixels of what is on screen that are clearly red and clearly green, in percent.

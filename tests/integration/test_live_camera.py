@@ -10,6 +10,7 @@ from PIL import Image
 from wan_autoregressive.server.live_source import LiveSource
 from wan_autoregressive.server.live_video import LiveVideo
 from wan_autoregressive.server.messages import ChangePrompt, Fork
+from wan_autoregressive.server.video_plan import VideoPlan
 
 
 def picture(level: int, size: int = 32, kind: str = "PNG") -> bytes:
@@ -45,7 +46,7 @@ def test_the_same_frames_give_the_video_that_they_give_as_a_clip(pipe, tmp_path)
     model = live_model(pipe)
     clip = [picture(10 * number) for number in range(21)]
     source = LiveSource(32, 32, 3)
-    video = LiveVideo(model, tmp_path / "state", RED, 3, settings={"strength": 0.5}, source=source)
+    video = LiveVideo(model, tmp_path / "state", RED, 3, plan=VideoPlan({"strength": 0.5}, source=source))
     for image in clip[:9]:
         source.put(image)
     parts = [video.advance().frames]

@@ -10,10 +10,11 @@ from wan_autoregressive.configs import load_preset, resolve_config
 from wan_autoregressive.scripts import cli, render_job
 from wan_autoregressive.scripts.load_pipeline import load_pipeline, model_folder
 from wan_autoregressive.server.live_model import LiveModel
-from wan_autoregressive.server.live_settings import check_settings, start_arguments
+from wan_autoregressive.server.live_settings import check_settings
 from wan_autoregressive.server.live_video import LiveVideo
 from wan_autoregressive.server.messages import Start
 from wan_autoregressive.server.schedule import export_schedule, import_schedule
+from wan_autoregressive.server.video_plan import VideoPlan
 
 RED, GREEN = "a red circle moving right on a navy background", "a green cross moving left on a navy background"
 
@@ -61,14 +62,14 @@ def from_schedule(model: LiveModel, folder, text: str, image=None) -> LiveVideo:
     named = plan.pop("image")
     assert (named is None) == (image is None)
     start = Start.model_validate({name: value for name, value in plan.items() if value is not None})
-    return LiveVideo(model, folder, start.prompt, start.seed, image, 8, *start_arguments(model, start))
+    return LiveVideo(model, folder, start.prompt, start.seed, image, plan=VideoPlan.from_start(model, start))
 
 
 @pytest.mark.slow
 def test_the_command_renders_the_frames_that_were_watched(demo, rendered, tmp_path):
     settings = {"window_frames": 9, "num_inference_steps": 3, "switch_policy": "cross_attention"}
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    video = LiveVideo(demo, tmp_path / "state", RED, 5, picture, settings=settings)
+    video = LiveVideo(demo, tmp_path / "state", RED, 5, picture, plan=VideoPlan(settings))
     parts = watch(video, 2)
     video.change_prompt(GREEN, after=video.timeline.tip)
     parts += watch(video, 2)
@@ -101,7 +102,7 @@ def test_a_branch_leaves_with_its_own_past(pipe, tmp_path):
 def test_a_prompt_by_hand_ends_the_schedule(pipe, tmp_path):
     model = live_model(pipe)
     start = Start(prompt=RED, seed=1, prompt_changes={"3": GREEN, "1s": "rain", "9": "snow"})
-    video = LiveVideo(model, tmp_path / "state", RED, 1, None, 8, *start_arguments(model, start))
+    video = LiveVideo(model, tmp_path / "state", RED, 1, None, plan=VideoPlan.from_start(model, start))
     watch(video, 3)
     video.change_prompt("fog", after=video.timeline.tip)
     watch(video, 2)
