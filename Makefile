@@ -10,7 +10,8 @@ PYTEST := $(BIN)/pytest --numprocesses 2
 # Tests that compare bits, or with recordings: they have to hold whatever kernels torch picks for a CPU.
 EXACT := golden or test_rollout or streaming_vae or kv_cache or relative_positions or static_addresses or test_resume.py
 
-.PHONY: demo serve docs gallery test test-browser test-kernels test-all test-plain-cpu check lint typecheck train-demo clean
+.PHONY: demo serve docs gallery browser test test-browser test-kernels test-all test-plain-cpu check lint typecheck \
+	train-demo clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,10 +54,15 @@ test: $(READY) $(LINKS)
 test-all: $(READY) $(LINKS)
 	$(PYTEST)
 
-# Needs /usr/bin/chromium (apt-get install chromium); playwright drives it and downloads no browser.
-test-browser: $(READY) $(LINKS)
+# What drives a Chromium that is installed (tools/install_browser.sh); it downloads none of its own.
+browser: $(VENV)/.browser
+
+$(VENV)/.browser: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
-	$(BIN)/pytest -n 0 -s tests/integration/test_live_page.py
+	touch $(VENV)/.browser
+
+test-browser: $(VENV)/.browser $(LINKS)
+	REQUIRE_BROWSER=1 $(BIN)/pytest -n 0 -s tests/integration/test_live_page*.py
 
 # Triton's kernels in its interpreter, which needs no GPU: a process of its own, since the variable is read at import.
 test-kernels: $(READY) $(LINKS)

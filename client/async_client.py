@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,16 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from wan_autoregressive.client.conversation import MAX_CHUNK_BYTES, Address, Conversation, LiveChunk, LiveError
-from wan_autoregressive.server.messages import ChangePrompt, Close, Fork, Pause, Resume, Start
+from wan_autoregressive.server.messages import (
+    ChangePrompt,
+    ChangeSettings,
+    Close,
+    Fork,
+    LiveSettings,
+    Pause,
+    Resume,
+    Start,
+)
 
 
 class AsyncLiveClient:
@@ -67,14 +76,40 @@ class AsyncLiveClient:
         image: bytes | None = None,
         resume: str | None = None,
         ahead: int = 2,
+        settings: Mapping[str, Any] | None = None,
+        prompt_changes: Mapping[str, str] | None = None,
     ) -> None:
-        """Begin a video, from a picture (a PNG, JPEG or WebP) if there is one, or go on with that of a session."""
+        """Begin a video, or go on with that of a session.
+
+        Args:
+            image: A PNG, JPEG or WebP to start from.
+            resume: A session, instead of a new video.
+            settings: Instead of the server's own, see `LiveSettings`: `{"num_inference_steps": 2}`.
+            prompt_changes: Later prompts by time, `{"5s": "it snows"}`.
+
+        Raises:
+            ValueError: a setting of that name or kind there is not.
+        """
         name = None if image is None else await self.upload(image)
-        await self._say(Start(prompt=prompt, seed=seed, image=name, resume=resume, ahead=ahead))
+        await self._say(
+            Start(
+                prompt=prompt,
+                seed=seed,
+                image=name,
+                settings=LiveSettings(**settings or {}),
+                prompt_changes=None if prompt_changes is None else dict(prompt_changes),
+                resume=resume,
+                ahead=ahead,
+            )
+        )
 
     async def set_prompt(self, prompt: str, playhead: float | None = None) -> None:
         """Go on with another prompt; from `playhead` (seconds) on as soon as can be, else behind what is made."""
         await self._say(ChangePrompt(prompt=prompt, playhead=playhead))
+
+    async def change(self, **settings: Any) -> None:
+        """Use other settings from the next chunk that is made on. Raises `ValueError` as `start`."""
+        await self._say(ChangeSettings(settings=LiveSettings(**settings)))
 
     async def fork(self, chunk: int | None, prompt: str | None = None, seed: int | None = None) -> None:
         """Go on after a chunk of any branch; None is the start."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 from wan_autoregressive.client.async_client import AsyncLiveClient
@@ -64,11 +64,16 @@ class LiveClient:
         image: bytes | None = None,
         resume: str | None = None,
         ahead: int = 2,
+        settings: Mapping[str, Any] | None = None,
+        prompt_changes: Mapping[str, str] | None = None,
     ) -> None:
-        self._wait(self._live.start(prompt, seed, image, resume, ahead))
+        self._wait(self._live.start(prompt, seed, image, resume, ahead, settings, prompt_changes))
 
     def set_prompt(self, prompt: str, playhead: float | None = None) -> None:
         self._wait(self._live.set_prompt(prompt, playhead))
+
+    def change(self, **settings: Any) -> None:
+        self._wait(self._live.change(**settings))
 
     def fork(self, chunk: int | None, prompt: str | None = None, seed: int | None = None) -> None:
         self._wait(self._live.fork(chunk, prompt, seed))

@@ -63,5 +63,9 @@ def latent_frame_at(time: str, fps: float) -> int:
         raise ValueError(f"time {time!r} is neither seconds, as in 5s or 2.5s, nor a whole number of latent frames")
     if not match[2]:
         return int(match[1])
-    pixel_frame = round(float(match[1]) * fps)
+    return latent_frame_of(round(float(match[1]) * fps))
+
+
+def latent_frame_of(pixel_frame: int) -> int:
+    """The first latent frame that begins at a pixel frame or later."""
     return -(-pixel_frame // LATENT_PIXEL_FRAMES)

@@ -20,17 +20,20 @@ from starlette.routing import Route, WebSocketRoute
 from wan_autoregressive.media.segments import join_segments
 from wan_autoregressive.media.video_writer import VideoWriteError
 from wan_autoregressive.server.bodies import TooLargeError, read_body
+from wan_autoregressive.server.branch_routes import branch_routes
 from wan_autoregressive.server.engine import Engine
 from wan_autoregressive.server.guard import COOKIE, Door, Guard, error_response
 from wan_autoregressive.server.images import FORMATS, MAX_BYTES, ImageShelf, read_upload
 from wan_autoregressive.server.job_routes import job_routes
 from wan_autoregressive.server.jobs import VideoJobs
 from wan_autoregressive.server.limits import UnknownSessionError
+from wan_autoregressive.server.live_settings import describe_settings
 from wan_autoregressive.server.live_socket import LiveSocket
 from wan_autoregressive.server.messages import PROTOCOL
 from wan_autoregressive.server.metrics import metrics_text
 from wan_autoregressive.server.openapi import openapi_routes
 from wan_autoregressive.server.prompt_text import MAX_PROMPT_LENGTH
+from wan_autoregressive.server.quick_prompts import quick_prompts
 from wan_autoregressive.server.timeline import Timeline
 
 _PAGE = files("wan_autoregressive.server.page")
@@ -72,6 +75,7 @@ def build_app(engine: Engine, door: Door, idle_s: float = 120.0, page: bool = Tr
         WebSocketRoute("/v1/live", socket.serve),
         Route(session, routes.session),
         Route(session, routes.forget, methods=["DELETE"]),
+        *branch_routes(engine, session),
         Route(session + "/chunks/{chunk:int}.{kind:str}", routes.chunk),
         Route(session + "/video.mp4", routes.video),
         *job_routes(engine, jobs),
@@ -114,7 +118,7 @@ class _Routes:
         return PlainTextResponse(metrics_text(self._engine.figures()))
 
     async def model(self, request: Request) -> Response:
-        """Sizes, frames per second, limits."""
+        """Sizes, frames per second, limits, settings that a viewer may choose, prompts to begin with."""
         model, limits = self._engine.model, self._engine.limits
         return JSONResponse(
             {
@@ -129,6 +133,9 @@ class _Routes:
                 "max_prompt_tokens": model.most_tokens,
                 "max_image_bytes": MAX_BYTES,
                 "image_formats": FORMATS,
+                "pixel_scale": model.scale,
+                "settings": describe_settings(model),
+                "quick_prompts": quick_prompts(model),
             }
         )
 

@@ -11,7 +11,7 @@ class TooLargeError(ValueError):
 
 async def read_body(request: Request, most: int) -> bytes:
     """All of it. Raises `TooLargeError` as soon as it is known to have more than `most` bytes."""
-    problem = f"a body may have {most / 2**20:.3g} MB"
+    problem = f"a body may have {_size(most)}"
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > most:
         raise TooLargeError(problem)
@@ -21,3 +21,7 @@ async def read_body(request: Request, most: int) -> bytes:
         if len(data) > most:
             raise TooLargeError(problem)
     return bytes(data)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.3g} MB" if count >= 2**20 else f"{count >> 10} KB"

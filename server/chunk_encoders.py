@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from wan_autoregressive.server.chunk_files import codec_of, encode_mp4, encode_thumbnail
+from wan_autoregressive.server.chunk_files import IMAGES_CODEC, codec_of, encode_images, encode_mp4, encode_thumbnail
 from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.live_session import LiveSession
@@ -62,10 +62,15 @@ class ChunkEncoders:
     def _encode(self, session: LiveSession, made: MadeChunk) -> None:
         started = time.perf_counter()
         entry, folder = made.entry, session.video.folder
-        body = encode_mp4(made.frames, self._model.fps, self._model.scale)
+        mp4 = encode_mp4(made.frames, self._model.fps, self._model.scale)
+        body, codec = mp4, codec_of(mp4)
+        if session.transport == "images":
+            body, codec = encode_images(made.frames), IMAGES_CODEC
         try:
             folder.chunk_path(entry.id, "webp").write_bytes(encode_thumbnail(made.frames[0]))
-            folder.chunk_path(entry.id, "mp4").write_bytes(body)
+            if session.transport == "images":
+                folder.chunk_path(entry.id, "images").write_bytes(body)
+            folder.chunk_path(entry.id, "mp4").write_bytes(mp4)
         except OSError:  # no half of an mp4, which would count as a chunk
             folder.remove_chunk(entry.id)
             raise
@@ -82,7 +87,7 @@ class ChunkEncoders:
             frames=entry.frames,
             prompt=entry.prompt,
             near=entry.near,
-            codec=codec_of(body),
+            codec=codec,
             step_s=round(step_s, 4),
             encode_s=round(took, 4),
             timings=timings,

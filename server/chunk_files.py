@@ -7,16 +7,22 @@ One run of ffmpeg per chunk holds no state, so branches share their past, any ch
 from __future__ import annotations
 
 import io
+import struct
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from wan_autoregressive.media.ffmpeg import run_ffmpeg
+from wan_autoregressive.media.reading import load_video
 from wan_autoregressive.media.video_writer import VideoWriteError
 
 _ENCODE_LIMIT_S = 60
 _THUMBNAIL_PIXELS = 160
+_LOSSLESS_PIXELS = 256 * 256  # of a frame: larger ones would be megabytes a chunk
+IMAGES_CODEC = "images"
+"""What a chunk's header calls `encode_images`."""
 
 
 def encode_mp4(frames: npt.NDArray[np.uint8], fps: float, scale: int, crf: int = 18) -> bytes:
@@ -54,3 +60,28 @@ def encode_thumbnail(frame: npt.NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
     image.save(file, "WEBP", quality=80, method=2)
     return file.getvalue()
+
+
+def encode_images(frames: npt.NDArray[np.uint8]) -> bytes:
+    """`(frames, height, width, 3)` as one image after the other, each after its length as a 32-bit big-endian number.
+
+    Small ones are lossless WebP, large ones JPEG.
+    """
+    parts = []
+    for frame in frames:
+        file = io.BytesIO()
+        if frame.shape[0] * frame.shape[1] <= _LOSSLESS_PIXELS:
+            Image.fromarray(frame).save(file, "WEBP", lossless=True, method=0)
+        else:
+            Image.fromarray(frame).save(file, "JPEG", quality=90, subsampling=0)
+        parts.append(struct.pack(">I", file.tell()) + file.getvalue())
+    return b"".join(parts)
+
+
+def images_of_mp4(path: Path, height: int, width: int) -> bytes:
+    """What `encode_images` gives for the frames of a chunk's mp4, which are close to those that went into it.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    return encode_images(load_video(path, height, width))

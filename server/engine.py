@@ -25,6 +25,7 @@ from wan_autoregressive.server.messages import ChangePrompt, Command, Error, For
 from wan_autoregressive.server.model_thread import ModelThread, save
 from wan_autoregressive.server.parked_videos import ParkedVideos
 from wan_autoregressive.server.seats import Seats
+from wan_autoregressive.server.video_plan import VideoPlan
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +67,14 @@ class Engine:
             ValueError: there is neither a prompt nor a session to go on with, or that is damaged.
             OSError: there is no room on the disk.
         """
-        if start.prompt is not None:
-            self.model.check_prompt(start.prompt)
+        for prompt in (start.prompt, *(start.prompt_changes or {}).values()):
+            if prompt is not None:
+                self.model.check_prompt(prompt)
         with self._changed:
             session = None if start.resume is None else self._seats.find(start.resume)
             if session is not None:
                 session.fail("taken_over", "this video goes on in another window")
-                session.attach(emit, start.ahead)
+                session.attach(emit, start)
                 self._seats.tell(session)
                 return session
             if stop_frame is None:
@@ -81,7 +83,7 @@ class Engine:
                 session = self._new(start, image, stop_frame)
             else:
                 session = self._take_up(start.resume, stop_frame)
-            session.attach(emit, start.ahead)
+            session.attach(emit, start)
             self._seats.take(session)
             self._changed.notify_all()
             return session
@@ -97,6 +99,15 @@ class Engine:
                 session.mark_played(command.chunk)
             else:
                 session.take(command)
+            self._changed.notify_all()
+
+    def camera_frame(self, session: LiveSession, image: bytes) -> None:
+        """A frame of the viewer's camera. Raises `ValueError` if the video is not made from one."""
+        source = session.video.plan.source
+        if source is None:
+            raise ValueError("frames are taken where the video was started with camera: true")
+        source.put(image)
+        with self._changed:
             self._changed.notify_all()
 
     def sent(self, session: LiveSession) -> None:
@@ -130,8 +141,12 @@ class Engine:
         return {"session": key, "model": self.model.name, **values}
 
     def chunk_path(self, key: str, chunk: int, kind: str) -> Path:
-        """The mp4 or webp of a chunk, which may not be there (yet)."""
+        """A file of a chunk, see `VideoFolder.chunk_path`, which may not be there (yet)."""
         return self._parked.folder(key).chunk_path(chunk, kind)
+
+    def image_path(self, key: str) -> Path:
+        """The picture that a session starts from, which may not be there."""
+        return self._parked.folder(key).image_path
 
     def figures(self) -> dict[str, float]:
         """Counts and seconds since the start, and who is there now."""
@@ -157,8 +172,10 @@ class Engine:
             raise ValueError("a new video needs a prompt")
         key = secrets.token_urlsafe(_ID_BYTES)
         seed = secrets.randbelow(2**32) if start.seed is None else start.seed
-        folder = self._parked.folder(key).path
-        video = LiveVideo(self.model, folder, start.prompt, seed, image, self.limits.snapshots, stop_frame)
+        folder, plan = self._parked.folder(key).path, VideoPlan.from_start(self.model, start)
+        video = LiveVideo(
+            *(self.model, folder, start.prompt, seed, image), self.limits.snapshots, plan, stop_frame=stop_frame
+        )
         return LiveSession(key, video, self._cost_s)
 
     def _take_up(self, key: str, stop_frame: int | None) -> LiveSession:

@@ -17,7 +17,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _MOST_WAITING = 64
 
 
-def read_upload(data: bytes, height: int, width: int) -> Image.Image:
+def read_upload(data: bytes, height: int, width: int, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture of the size that is generated: upright, over white, scaled to cover and cropped at the centre.
 
     Raises:
@@ -26,14 +26,14 @@ def read_upload(data: bytes, height: int, width: int) -> Image.Image:
     try:
         # Opening reads the header only; what Pillow warns of is an error here or of no consequence.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ValueError(f"it has {opened.width}x{opened.height} pixels, more than {MAX_PIXELS:,}")
+            if opened.width * opened.height > most_pixels:
+                raise ValueError(f"it has {opened.width}x{opened.height} pixels, more than {most_pixels:,}")
             if getattr(opened, "n_frames", 1) != 1:
                 raise ValueError("it is an animation")
             return fit_image(opened, height, width)
     # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, DecompressionBombError) for a bad file.
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+        reason = str(error) if isinstance(error, ValueError) else "it is of another kind, or damaged"
         raise ValueError(f"this is not a picture that can be used (PNG, JPEG or WebP): {reason}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class LiveModel:
     @property
     def most_tokens(self) -> int:
         """Of a prompt; the text encoder would see no more."""
-        return self._config.max_sequence_length
+        return self.config({}).max_sequence_length
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `PromptError` for one whose end would be cut off. From any thread."""
@@ -67,16 +68,26 @@ class LiveModel:
         if count > self.most_tokens:
             raise PromptError(f"the prompt has {count} tokens, the model takes {self.most_tokens}; make it shorter")
 
-    def start(self, prompt: str, seed: int, image: Any = None) -> WanRollout:
-        """Begin an endless video."""
-        given = {} if image is None else {"image": image}
-        generator = torch.Generator().manual_seed(seed)
-        return self.pipe.rollout(prompt, generator=generator, **given, **self._rollout_settings())
+    def config(self, settings: Mapping[str, Any]) -> RolloutConfig:
+        """Of a video with these settings instead of the server's own. `ValueError` where a value cannot work."""
+        return RolloutConfig(**self._rollout_settings(settings))
 
-    @property
-    def run_up_frames(self) -> int:
+    def start(
+        self,
+        prompt: str,
+        seed: int,
+        image: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        source: Iterator[Any] | None = None,
+    ) -> WanRollout:
+        """Begin an endless video: from nothing, from an image, or made anew from the frames of a source."""
+        generator = torch.Generator().manual_seed(seed)
+        values = self._rollout_settings(settings or {})
+        return self.pipe.rollout(prompt, image=image, video=source, generator=generator, **values)
+
+    def run_up_frames(self, settings: Mapping[str, Any]) -> int:
         """Latent frames that `start_behind` takes, which fill three chunks; 0 where the sampler cannot do that."""
-        config = self._config
+        config = self.config(settings)
         if not SAMPLERS.load(config.sampler).denoises_by_chunk:
             return 0
         return (config.first_chunk_frames or config.chunk_frames) + 2 * config.chunk_frames
@@ -88,9 +99,11 @@ class LiveModel:
 
     def num_chunks(self, latent_frames: int) -> int:
         """Chunks that hold so many latent frames, far from the start of a video."""
-        return -(-latent_frames // self._config.chunk_frames)
+        return -(-latent_frames // self.config({}).chunk_frames)
 
-    def start_behind(self, latents: torch.Tensor, noise: torch.Tensor, prompt: str) -> WanRollout:
+    def start_behind(
+        self, latents: torch.Tensor, noise: torch.Tensor, prompt: str, settings: Mapping[str, Any]
+    ) -> WanRollout:
         """Begin a video with given latents that goes on nearly as theirs did; they are its first chunks.
 
         Args:
@@ -99,8 +112,8 @@ class LiveModel:
         """
         generator = torch.Generator()
         generator.set_state(noise)
-        settings = self._rollout_settings()
-        return self.pipe.rollout(prompt, generator=generator, video_latents=latents.to(self.pipe.device), **settings)
+        values = self._rollout_settings(settings)
+        return self.pipe.rollout(prompt, generator=generator, video_latents=latents.to(self.pipe.device), **values)
 
     def resume(self, folder: Path) -> WanRollout:
         """Go on with a saved one; `ValueError` if it was made by another model."""
@@ -118,10 +131,8 @@ class LiveModel:
             took = time.perf_counter() - started
         return frames / self.fps, took
 
-    @property
-    def _config(self) -> RolloutConfig:
-        return RolloutConfig(**self._rollout_settings())
-
-    def _rollout_settings(self) -> dict[str, Any]:
+    def _rollout_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         own = {name: value for name, value in self.settings.items() if name not in _OWN_SETTINGS}
-        return {**own, "output_type": "uint8"}
+        if settings.get("num_inference_steps") is not None:
+            own["denoising_steps"] = None
+        return {**own, **settings, "output_type": "uint8"}

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from wan_autoregressive.server.live_video import LiveVideo, MadeChunk
-from wan_autoregressive.server.messages import ChangePrompt, Error, Fork, ServerMessage
+from wan_autoregressive.server.messages import ChangePrompt, ChangeSettings, Error, Fork, ServerMessage, Start
 from wan_autoregressive.server.timeline import TimelineChunk
 
 Emit = Callable[[ServerMessage, bytes | None], None]
-"""Takes a message to the viewer, with the mp4 of a chunk; called from any thread, and never waits."""
+"""Takes a message to the viewer, with the frames of a chunk; called from any thread, and never waits."""
 
 _MOST_COMMANDS = 16
 _COST_SHARE = 0.3  # of the newest chunk in the moving average
@@ -34,9 +34,10 @@ class LiveSession:
         self.emit: Emit = nobody
         self.ahead = 1
         self.state: Literal["waiting", "active", "leaving", "gone"] = "waiting"
-        self.commands: deque[ChangePrompt | Fork] = deque(maxlen=_MOST_COMMANDS)
+        self.commands: deque[ChangePrompt | Fork | ChangeSettings] = deque(maxlen=_MOST_COMMANDS)
         self.to_encode: deque[MadeChunk] = deque()
         self.encoding = False
+        self.transport: Literal["mp4", "images"] = "mp4"
         self.paused = self.told_of_limit = False
         self.unsaved = 0
         """Chunks since the last checkpoint."""
@@ -55,7 +56,11 @@ class LiveSession:
     def wants_chunk(self) -> bool:
         """Whether there is room for one: neither far ahead of the viewer nor of what the socket takes."""
         has_room = self.lead < self.ahead and self.unsent < self.ahead
-        return has_room and not (self.paused or self.told_of_limit or self.video.is_complete)
+        return (
+            has_room
+            and self.video.plan.has_frames
+            and not (self.paused or self.told_of_limit or self.video.is_complete)
+        )
 
     @property
     def in_background(self) -> bool:
@@ -67,12 +72,12 @@ class LiveSession:
         """Least first: who runs dry next, and whoever waited longest. A command is worth an empty buffer."""
         return (self.in_background, 0 if self.commands else self.lead, self.served)
 
-    def attach(self, emit: Emit, ahead: int) -> None:
+    def attach(self, emit: Emit, start: Start) -> None:
         """A viewer comes who has, or can fetch, all that is made."""
-        self.emit, self.ahead = emit, ahead
+        self.emit, self.ahead, self.transport = emit, start.ahead, start.transport
         self.played, self.unsent, self.paused = self.made, 0, False
 
-    def take(self, command: ChangePrompt | Fork) -> None:
+    def take(self, command: ChangePrompt | Fork | ChangeSettings) -> None:
         """Line a command up; of prompts in a row only the last counts."""
         if isinstance(command, ChangePrompt) and self.commands and isinstance(self.commands[-1], ChangePrompt):
             self.commands.pop()

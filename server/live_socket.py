@@ -98,7 +98,7 @@ class _Conversation:
         """Take messages until the conversation ends; gives the code to close with."""
         while True:
             try:
-                text = await asyncio.wait_for(self._receive_text(), self._idle_s)
+                received = await asyncio.wait_for(self._receive(), self._idle_s)
             except TimeoutError:
                 if self._session is not None and self._session.state == "waiting":
                     continue
@@ -109,7 +109,10 @@ class _Conversation:
                 self._emit(Error(code="too_many_messages", message=told), None)
                 return _TOO_MANY
             try:
-                message = parse_message(text)
+                if isinstance(received, bytes):
+                    self._take_frame(received)
+                    continue
+                message = parse_message(received)
                 if isinstance(message, Close):
                     self._forget()
                     return _NORMAL
@@ -126,12 +129,18 @@ class _Conversation:
                 self._emit(Error(code="bad_message", message=str(error)), None)
                 return _BAD_MESSAGE
 
-    async def _receive_text(self) -> str:
+    async def _receive(self) -> str | bytes:
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1005))
-        text = message.get("text")
-        return "" if text is None else text  # bytes are no message of this protocol
+        text: str | None = message.get("text")
+        return message["bytes"] if text is None else text
+
+    def _take_frame(self, image: bytes) -> None:
+        if self._session is None:
+            raise ValueError("the first message has to be start")
+        if self._session.emit == self._emit:
+            self._engine.camera_frame(self._session, image)
 
     async def _act(self, message: ClientMessage) -> None:
         session = self._session

@@ -4,12 +4,13 @@ Why no `RolloutSession`: that has one line of chunks, of which a seek forgets th
 there is no boundary that cannot be reached. The newest ones are held as forks. What is a few chunks behind one that is
 held is made again, to the bit, since the timeline knows every decision. For the rest keys and values are made anew
 from the latents of the last chunks before the place: near to what they were, not the same, and the timeline says so.
+Only in a video that is made from a camera there is no way back: its frames are gone once they are used.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.pipelines.snapshots import Snapshots
 from wan_autoregressive.server.live_model import LiveModel
-from wan_autoregressive.server.timeline import Timeline, TimelineChunk
+from wan_autoregressive.server.timeline import Decisions, Timeline, TimelineChunk
 from wan_autoregressive.server.video_folder import VideoFolder
+from wan_autoregressive.server.video_plan import VideoPlan
 
 MOST_REPEATED = 8
 """Chunks that are made again, unseen, for the sake of exactness."""
@@ -43,6 +45,7 @@ class LiveVideo:
     Args:
         folder: Its own; holds chunks, and after `save` all that is needed to go on.
         snapshots: Places of the video, beside its start, that are kept in memory to go back to at once.
+        plan: Settings, prompts to come, a camera.
         stop_frame: Pixel frames that the video is to have; the last chunk is cut there. None does not end.
     """
 
@@ -54,18 +57,17 @@ class LiveVideo:
         seed: int,
         image: Image.Image | None = None,
         snapshots: int = 8,
+        plan: VideoPlan | None = None,
         stop_frame: int | None = None,
     ) -> None:
         self.folder, self.first_prompt, self.seed = VideoFolder(folder), prompt, seed
-        self.stop_frame = stop_frame
+        self.plan, self.stop_frame = plan or VideoPlan(), stop_frame
         self.timeline = Timeline()
         self.lock = threading.Lock()
         self._model, self._image = model, image
         self._snapshots: Snapshots[int | None] = Snapshots(None, snapshots)
         self._rollout: WanRollout | None = None
         self._to_repeat: list[TimelineChunk] = []
-        self._next_prompt: str | None = None
-        self._next_seed: int | None = None
         self._next_is_near = False
         self._run_up_frames = 0
         """Latent frames of the rollout that are given, to see a past; they are chunks of the timeline already."""
@@ -74,7 +76,12 @@ class LiveVideo:
     @property
     def prompt(self) -> str:
         """Of the next chunk."""
-        return self._prompt_at(self.timeline.tip) if self._next_prompt is None else self._next_prompt
+        return self.plan.decide(self._tip).prompt or self._present_prompt
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the next chunk is made with that is not the model's own."""
+        return self.plan.next_settings(self.timeline.branch_path())
 
     @property
     def is_complete(self) -> bool:
@@ -106,14 +113,15 @@ class LiveVideo:
             rollout.step()
             return None
         repeated = self._to_repeat[0] if self._to_repeat else None
-        new_prompt = repeated.new_prompt if repeated else self._next_prompt
-        new_seed = repeated.new_seed if repeated else self._next_seed
-        if new_seed is not None:
-            rollout.noise.generator.manual_seed(new_seed)  # type: ignore[union-attr]
-        made = rollout.step(prompt=new_prompt)
+        decided = repeated.decisions if repeated else self.plan.decide(self._tip)
+        if decided.seed is not None:
+            rollout.noise.generator.manual_seed(decided.seed)  # type: ignore[union-attr]
+        if decided.settings:
+            rollout.change(**decided.settings)
+        made = rollout.step(prompt=decided.prompt)
         if repeated:
             self._to_repeat.pop(0)
-            self._snapshots.keep(repeated.id, rollout)
+            self._keep(repeated.id, rollout)
             return None
         frames = made.frames[0]
         if self.stop_frame is not None:
@@ -121,18 +129,17 @@ class LiveVideo:
         noise = rollout.noise.generator.get_state()  # type: ignore[union-attr]
         self.folder.write_latents(self.timeline.next_id, made.latents, noise)
         with self.lock:
-            entry = self.timeline.append(
-                self._next_frame, len(frames), self.prompt, new_prompt, new_seed, self._next_is_near
-            )
-        self._next_prompt = self._next_seed = None
-        self._next_is_near = False
-        self._snapshots.keep(entry.id, rollout)
+            entry = self.timeline.append(self._next_frame, len(frames), self.prompt, decided, self._next_is_near)
+        self.plan.next, self._next_is_near = Decisions(), False
+        self._keep(entry.id, rollout)
         return MadeChunk(entry, frames, made)
 
     def change_prompt(self, prompt: str, after: int | None) -> list[int]:
         """Go on with another prompt after a chunk of the present branch; what comes later is dropped, ids returned."""
         with self.lock:
+            before = self.timeline.branch_path()
             dropped = self.timeline.cut_after(after)
+        self.plan.keep_changes_of(chunk for chunk in before if chunk.id in dropped)
         self._snapshots.drop(dropped)
         for part in dropped:
             self.folder.remove_chunk(part)
@@ -147,12 +154,16 @@ class LiveVideo:
             before = self.timeline.tip
             self.timeline.go_on_after(after)
         if after != before:
-            self._next_prompt = self._next_seed = None
+            self.plan.next = Decisions()
             self._go_to(after)
         if prompt is not None:
             self._set_next(prompt)
         if seed is not None:
-            self._next_seed = seed
+            self.plan.next = replace(self.plan.next, seed=seed)
+
+    def change_settings(self, settings: dict[str, Any]) -> None:
+        """Make the next chunk and later ones with other settings. Raises `ValueError` for what cannot change so."""
+        self.plan.change_settings(self._model, self.timeline.branch_path(), settings)
 
     def save(self) -> None:
         """Write what is needed to go on from the end of the present branch, to the bit where that is exact.
@@ -161,9 +172,7 @@ class LiveVideo:
             OSError: it could not be written; what was saved before is still whole.
         """
         tip = self.timeline.tip
-        if self._image is not None:
-            self.folder.write_image(self._image)
-        if self._rollout is not None and not self._to_repeat and not self._next_is_near:
+        if self._rollout is not None and not (self._to_repeat or self._next_is_near or self.plan.source):
             self.folder.save_rollout(tip, self._rollout)
         self.folder.write_description(self.describe())
         if self.folder.has_rollout(tip):  # else an older one is what to begin from
@@ -175,8 +184,7 @@ class LiveVideo:
             return {
                 "prompt": self.first_prompt,
                 "seed": self.seed,
-                "next_prompt": self._next_prompt,
-                "next_seed": self._next_seed,
+                **self.plan.as_dict(),
                 "from_image": self._image is not None,
                 "fps": self._model.fps,
                 **self.timeline.as_dict(),
@@ -187,14 +195,15 @@ class LiveVideo:
         """Take up what `save` wrote.
 
         Raises:
-            ValueError, OSError: it is damaged. That it was made with another model, `advance` says.
+            ValueError, OSError: it is damaged, or made from a camera. That it was made with another model, `advance`
+                says.
         """
         folder = VideoFolder(path)
         values = folder.read_description()
+        plan = VideoPlan.from_dict(values)
         image = folder.read_image() if values["from_image"] else None
-        video = cls(model, path, values["prompt"], values["seed"], image, snapshots, stop_frame)
+        video = cls(model, path, values["prompt"], values["seed"], image, snapshots, plan, stop_frame)
         video.timeline = Timeline.from_dict(values)
-        video._next_prompt, video._next_seed = values["next_prompt"], values["next_seed"]
         video._mend()
         return video
 
@@ -210,10 +219,18 @@ class LiveVideo:
                 self.folder.remove_chunk(chunk)
 
     @property
+    def _tip(self) -> TimelineChunk | None:
+        """The chunk before the next one."""
+        return None if self.timeline.tip is None else self.timeline.chunks[self.timeline.tip]
+
+    @property
     def _next_frame(self) -> int:
         """First pixel frame of the next chunk."""
-        tip = self.timeline.tip
-        return 0 if tip is None else self.timeline.chunks[tip].stop_frame
+        return 0 if self._tip is None else self._tip.stop_frame
+
+    @property
+    def _present_prompt(self) -> str:
+        return self.first_prompt if self._tip is None else self._tip.prompt
 
     def _open(self) -> WanRollout:
         if self._rollout is None:
@@ -245,27 +262,32 @@ class LiveVideo:
         if place in self._snapshots:
             return self._snapshots.fork(place)
         if place is None:
-            rollout = self._model.start(self.first_prompt, self.seed, self._image)
+            if self._image is not None:
+                self.folder.write_image(self._image)
+            plan = self.plan
+            rollout = self._model.start(self.first_prompt, self.seed, self._image, plan.settings, plan.source)
         else:
             rollout = self._model.resume(self.folder.rollout_path(place))
-        self._snapshots.keep(place, rollout)
+        self._keep(place, rollout)
         return rollout
 
     def _can_run_up_to(self, path: list[TimelineChunk]) -> bool:
-        frames = self._model.run_up_frames
+        frames = self._model.run_up_frames(self.plan.settings_after(path))
         return bool(frames) and all(
             self.folder.has_latents(part.id) for part in path[-self._model.num_chunks(frames) :]
         )
 
     def _run_up_to(self, path: list[TimelineChunk]) -> WanRollout:
         """A rollout that is given the latents of the last chunks of `path`, whose `step` hands them out first."""
-        self._run_up_frames = self._model.run_up_frames
+        settings = self.plan.settings_after(path)
+        self._run_up_frames = self._model.run_up_frames(settings)
         last = path[-self._model.num_chunks(self._run_up_frames) :]
         latents, noise = self.folder.read_latents([part.id for part in last])
-        return self._model.start_behind(latents[:, :, -self._run_up_frames :], noise, path[-1].prompt)
+        return self._model.start_behind(latents[:, :, -self._run_up_frames :], noise, path[-1].prompt, settings)
+
+    def _keep(self, place: int | None, rollout: WanRollout) -> None:
+        if self.plan.source is None:
+            self._snapshots.keep(place, rollout)
 
     def _set_next(self, prompt: str) -> None:
-        self._next_prompt = None if prompt == self._prompt_at(self.timeline.tip) else prompt
-
-    def _prompt_at(self, chunk: int | None) -> str:
-        return self.first_prompt if chunk is None else self.timeline.chunks[chunk].prompt
+        self.plan.change_prompt(None if prompt == self._present_prompt else prompt)

@@ -26,6 +26,26 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+_Count = Annotated[int, Field(ge=0, le=10_000)]
+_Name = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class LiveSettings(_Message):
+    """Settings of the rollout that a viewer may choose; what is not given stays as it is."""
+
+    window_frames: _Count | None = None
+    sink_frames: _Count | None = None
+    sampler: _Name | None = None
+    num_inference_steps: _Count | None = None
+    switch_policy: _Name | None = None
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """Only for a video that is made from a camera."""
+
+    def given(self) -> dict[str, Any]:
+        """As keywords of a rollout."""
+        return self.model_dump(exclude_none=True)
+
+
 class Start(_Message):
     """The first message: a new video, or one to go on with."""
 
@@ -37,8 +57,16 @@ class Start(_Message):
     """Drawn when not given."""
     image: Id | None = None
     """To start from, as `POST /v1/images` named it."""
+    settings: LiveSettings = LiveSettings()
+    """Instead of the server's own."""
+    prompt_changes: dict[str, Prompt] | None = None
+    """Later prompts by time, as in a settings file: `5s`, or a latent frame. They hold until one comes by hand."""
+    camera: bool = False
+    """Make the video from frames that the viewer sends, each a binary message with a PNG, JPEG or WebP."""
     resume: Id | None = None
     """A session to go on with, instead of a new one."""
+    transport: Literal["mp4", "images"] = "mp4"
+    """How the frames of a chunk come; images are for browsers without H.264."""
     ahead: Annotated[int, Field(ge=1, le=8)] = 2
     """Chunks that may be made before the one on screen has been played."""
 
@@ -60,6 +88,15 @@ class Fork(_Message):
     prompt: Prompt | None = None
     seed: Seed | None = None
     """Start the noise anew, so that what comes next differs although the prompt does not."""
+    settings: LiveSettings = LiveSettings()
+    """To go on with, as far as a video can change them."""
+
+
+class ChangeSettings(_Message):
+    """Go on with other settings from the next chunk that is made."""
+
+    type: Literal["settings"] = "settings"
+    settings: LiveSettings
 
 
 class Pause(_Message):
@@ -87,7 +124,7 @@ class Close(_Message):
     type: Literal["close"] = "close"
 
 
-Command = ChangePrompt | Fork | Pause | Resume | Played
+Command = ChangePrompt | Fork | ChangeSettings | Pause | Resume | Played
 ClientMessage = Start | Command | Close
 
 _CLIENT_MESSAGE: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])

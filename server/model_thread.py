@@ -11,7 +11,7 @@ from wan_autoregressive.server.chunk_encoders import ChunkEncoders
 from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.limits import EngineLimits
 from wan_autoregressive.server.live_session import LiveSession, cut_point
-from wan_autoregressive.server.messages import ChangePrompt, Cut, Error, Fork
+from wan_autoregressive.server.messages import ChangePrompt, ChangeSettings, Cut, Error, Fork, LiveSettings
 from wan_autoregressive.server.seats import Seats
 
 logger = logging.getLogger(__name__)
@@ -105,22 +105,29 @@ class ModelThread:
             session.unsaved += 1
         self._encoders.encode(session, made)
 
-    def _obey(self, session: LiveSession, command: ChangePrompt | Fork) -> None:
+    def _obey(self, session: LiveSession, command: ChangePrompt | Fork | ChangeSettings) -> None:
         video = session.video
         dropped: list[int] = []
+        if isinstance(command, ChangeSettings):
+            _change_settings(session, command.settings)
+            return
         if isinstance(command, ChangePrompt):
             frame = None
-            if command.playhead is not None:
+            if command.playhead is not None and video.plan.source is None:
                 frame = (command.playhead + session.cost_s) * self._fps
             after = cut_point(video.timeline.branch_path(), session.played, frame)
             dropped = video.change_prompt(command.prompt, after)
         else:
             after = command.chunk
+            if video.plan.source is not None:
+                session.fail("camera", "a video from the camera cannot be taken back: the camera's frames are gone")
+                return
             try:
                 video.fork(after, command.prompt, command.seed)
             except KeyError:
                 session.fail("no_such_chunk", f"there is no chunk {after} in this session")
                 return
+            _change_settings(session, command.settings)
         self._figures.add({"cuts": 1, "dropped": len(dropped)})
         with self._lock:
             path = video.timeline.branch_path()
@@ -140,6 +147,13 @@ class ModelThread:
                 ),
                 None,
             )
+
+
+def _change_settings(session: LiveSession, settings: LiveSettings) -> None:
+    try:
+        session.video.change_settings(settings.given())
+    except ValueError as error:
+        session.fail("bad_settings", str(error))
 
 
 def save(session: LiveSession) -> bool:

@@ -9,6 +9,16 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Decisions:
+    """What is decided right before a chunk; everything else stays as it is."""
+
+    prompt: str | None = None
+    seed: int | None = None
+    """To start the noise anew with."""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TimelineChunk:
     """A chunk, and the decisions before it: with those of its ancestors it can be made again to the bit."""
 
@@ -29,8 +39,15 @@ class TimelineChunk:
     """Prompt that was set right before it."""
     new_seed: int | None
     """Seed that the noise was started anew with right before it."""
+    new_settings: dict[str, Any] | None = None
+    """Settings that were changed right before it."""
     near: bool = False
     """Right before it the past was made anew from latents: near to what it was, not the same."""
+
+    @property
+    def decisions(self) -> Decisions:
+        """Made right before it."""
+        return Decisions(self.new_prompt, self.new_seed, dict(self.new_settings or {}))
 
     @property
     def stop_frame(self) -> int:
@@ -59,19 +76,22 @@ class Timeline:
         return sum(chunk.frames for chunk in self.chunks.values())
 
     def append(
-        self,
-        start_frame: int,
-        frames: int,
-        prompt: str,
-        new_prompt: str | None,
-        new_seed: int | None,
-        near: bool = False,
+        self, start_frame: int, frames: int, prompt: str, decided: Decisions, near: bool = False
     ) -> TimelineChunk:
         """Lengthen the present branch by a chunk."""
         parent = self.tip
-        index = 0 if parent is None else self.chunks[parent].index + 1
         chunk = TimelineChunk(
-            self.next_id, parent, self.branch, index, start_frame, frames, prompt, new_prompt, new_seed, near
+            id=self.next_id,
+            parent=parent,
+            branch=self.branch,
+            index=0 if parent is None else self.chunks[parent].index + 1,
+            start_frame=start_frame,
+            frames=frames,
+            prompt=prompt,
+            new_prompt=decided.prompt,
+            new_seed=decided.seed,
+            new_settings=decided.settings or None,
+            near=near,
         )
         self.chunks[chunk.id] = chunk
         self.tips[self.branch] = chunk.id

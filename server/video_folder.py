@@ -21,7 +21,9 @@ from wan_autoregressive.atomic_file import write_text
 from wan_autoregressive.pipelines.rollout import WanRollout
 
 FORMAT = 1
-_KINDS = ("mp4", "webp", "latents")
+IMAGE_NAME = "image.png"
+"""The picture that a video starts from."""
+_KINDS = ("mp4", "webp", "images", "latents")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class VideoFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def chunk_path(self, chunk: int, kind: str) -> Path:
-        """Its `mp4`, its thumbnail (`webp`) or its `latents`, which may not be there (yet)."""
+        """Its `mp4`, its frames as `images`, its thumbnail (`webp`) or `latents`, which may not be there (yet)."""
         return self._chunks / f"{chunk}.{kind}"
 
     def remove_chunk(self, chunk: int) -> None:
@@ -95,11 +97,11 @@ class VideoFolder:
 
     def write_image(self, image: Image.Image) -> None:
         """Keep the picture that the video starts from; it never changes."""
-        if not self._image.exists():
-            image.save(self._image)
+        if not self.image_path.exists():
+            image.save(self.image_path)
 
     def read_image(self) -> Image.Image:
-        with Image.open(self._image, formats=("PNG",)) as file:
+        with Image.open(self.image_path, formats=("PNG",)) as file:
             return file.convert("RGB")
 
     def write_description(self, values: dict[str, Any]) -> None:
@@ -140,5 +142,6 @@ class VideoFolder:
         return self.path / "session.json"
 
     @property
-    def _image(self) -> Path:
-        return self.path / "image.png"
+    def image_path(self) -> Path:
+        """The picture that the video starts from, where there is one."""
+        return self.path / IMAGE_NAME

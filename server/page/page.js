@@ -1,205 +1,169 @@
-import { Player } from './player.js';
+// The page: what is pressed becomes messages, what the server says becomes video.
+
+import { Camera } from './camera.js';
+import { Comparison } from './comparison.js';
+import { Connection } from './connection.js';
+import { drawControls, offerPrompts, wireControls } from './controls.js';
+import { Figures } from './figures.js';
+import { fit, say, tellProblem, wordsOfClose } from './looks.js';
+import { newPlayer } from './player.js';
+import { SettingsPanel } from './settings_panel.js';
+import { TimelineView } from './timeline_view.js';
+import { readSchedule, sendPicture } from './uploads.js';
+import { sharedSeconds, Video } from './video.js';
 
 const $ = (id) => document.getElementById(id);
+const MOST_SILENCE_MS = 12_000;
 // What happened, with times in ms: shown nowhere, read by tests and by who looks for a fault.
 const log = (window.wanLive = { events: [], frames: 0 });
 const mark = (kind, more = {}) => log.events.push({ kind, t: performance.now(), ...more });
 
-let socket, session, player, fps = 16, branch = 0, current = null, retries = 0, asked = 0;
-const chunks = new Map(); // all of the session, by id
-const tips = new Map([[0, null]]); // last chunk of every branch
-
-const say = (text) => { if ($('status').textContent !== text) $('status').textContent = text; };
-const send = (message) => socket?.readyState === WebSocket.OPEN && socket.send(JSON.stringify(message));
-const end = (chunk) => (chunk.start_frame + chunk.frames) / fps;
-
-function path(tip) {
-  const list = [];
-  for (let id = tip; id !== null && chunks.has(id); id = chunks.get(id).parent) list.unshift(chunks.get(id));
-  return list;
-}
-
-function connect(start) {
-  socket = new WebSocket(`${location.protocol === 'https:' ? 'wss' : 'ws'}://${location.host}/v1/live`);
-  socket.binaryType = 'arraybuffer';
-  socket.onopen = () => socket.send(JSON.stringify(start));
-  socket.onmessage = ({ data }) => {
-    if (typeof data === 'string') return receive(JSON.parse(data));
-    const length = new DataView(data).getUint32(0);
-    receive(JSON.parse(new TextDecoder().decode(new Uint8Array(data, 4, length))), data.slice(4 + length));
-  };
-  socket.onclose = ({ code }) => {
-    mark('close', { code });
-    if (session && [1001, 1006, 1012].includes(code) && retries < 30) {
-      say('The connection was lost. Trying again…');
-      setTimeout(() => connect({ type: 'start', resume: session }), Math.min(5000, 300 * 2 ** retries++));
-    } else if (code === 1013) say('The queue is full. Try again in a minute.');
-    else if (code === 4408) say('Nothing happened for a while. Press Enter to go on.');
-    else if (code === 1006) say('There is no connection to the server.');
-  };
-}
+const model = await (await fetch('/v1/model')).json();
+const video = new Video();
+video.fps = model.fps;
+const figures = new Figures($('figures'), $('stages'), $('stage-names'), video, model);
+const timeline = new TimelineView($('timeline'), $('branches'), video, { onChunk: fork, onBranch: turnTo });
+const settings = new SettingsPanel(model.settings, { onChange: (changed) => connection.send({ type: 'settings', settings: changed }) });
+const comparison = new Comparison($('comparison'), video, fetchChunk, (stage) => fit(stage, model));
+const connection = new Connection({
+  receive: (message, body) => handlers[message.type]?.(message, body),
+  lost: () => { mark('lost'); say('The connection was lost. Trying again…'); },
+  ended,
+  resume: () => video.session && { type: 'start', resume: video.session, transport: player.kind },
+});
+let player, camera, current = null, number = 0;
+let queued = false; // for a slot
+let quiet = false; // the server has said that nothing more comes
+let promptForLater = null; // what was asked for while there was no connection
+let scheduleBefore = null; // that waits for its picture
+let sessionBefore = null; // that was left for one which has not begun yet
 
 const handlers = {
-  hello(message) { fps = message.fps; },
-  queued(message) { say(`All places are taken. You are number ${message.position} in the queue.`); },
+  queued({ position }) { mark('queued'); queued = true; say(`All places are taken. You are number ${position} in the queue.`); },
   async started(message) {
     mark('started');
-    retries = 0;
-    const again = session === message.session || message.num_chunks > 0;
-    session = log.session = message.session;
-    sessionStorage.setItem('session', session);
-    $('go').textContent = 'Change';
-    $('download').hidden = false;
+    connection.retries = 0;
+    queued = quiet = false;
+    sessionBefore = null;
+    const again = video.session === message.session || message.num_chunks > 0;
+    video.session = log.session = message.session;
+    video.seed = message.seed;
+    settings.offerSeed(message.seed);
+    sessionStorage.setItem('session', message.session);
     say('Starting…');
     if (again) await catchUp();
+    if (promptForLater && promptForLater !== video.path().at(-1)?.prompt) connection.send({ type: 'prompt', prompt: promptForLater });
+    promptForLater = null;
+    draw();
   },
   chunk(message, body) {
     mark('chunk', { chunk: message.chunk });
-    add({ ...message, id: message.chunk });
-    tips.set(message.branch, message.chunk);
-    if (message.branch === branch) player.push(message, body);
+    const held = video.chunks.has(message.chunk) && player.holds(message.start_frame / video.fps);
+    video.add({ ...message, id: message.chunk });
+    figures.chunk(message, body.byteLength);
+    log.chunks = video.chunks.size;
+    if (message.branch === video.branch && !held) player.push(message, body);
     draw();
     say(player.wantsPause ? 'Paused' : 'Live');
   },
   cut(message) {
     mark('cut', { after: message.after });
-    for (const id of message.dropped) chunks.delete(id);
-    branch = message.branch;
-    if (message.after === null || chunks.has(message.after)) tips.set(branch, message.after); // else it is on its way
-    player.cut(message.frame / fps);
+    video.cut(message);
+    player.cut(message.frame / video.fps);
     if (message.repeating) say(`Going back: ${message.repeating} chunks are made again…`);
+    else if (message.near) say('Going back, to a past that is near to what it was…');
     draw();
   },
   error(message) {
     mark('error', { code: message.code });
-    say(message.message);
-    if (message.code === 'bad_message' && !chunks.size) forget();
+    tellProblem(message.message);
+    if (message.code === 'failed') stopCamera();
+    quiet ||= message.code === 'limit';
   },
 };
-const receive = (message, body) => handlers[message.type]?.(message, body);
 
-function add(chunk) {
-  chunks.set(chunk.id, chunk);
-  log.chunks = chunks.size;
+function ended(code) {
+  mark('close', { code });
+  queued = false;
+  stopCamera();
+  say(wordsOfClose[code] ?? (video.chunks.size ? 'This video has ended. Press Enter for a new one.' : 'Type a prompt and press Enter.'));
+  if (code === 4400) {
+    forget();
+    if (sessionBefore) return begin({ resume: sessionBefore }, $('problem').firstElementChild.textContent);
+  }
+  draw();
+}
+
+/** The server goes on with another video, or with none; what is here can still be watched. */
+function forget() {
+  sessionStorage.removeItem('session');
+  video.session = null;
 }
 
 /** After a reload or a restart: what the server has and the page has not. */
 async function catchUp() {
-  const answer = await fetch(`/v1/sessions/${session}`);
+  const answer = await fetch(`/v1/sessions/${video.session}`);
   if (!answer.ok) return;
-  const values = await answer.json();
-  const missing = new Set(values.chunks.filter((chunk) => !chunks.has(chunk.id)).map((chunk) => chunk.id));
-  values.chunks.forEach(add);
-  tips.clear();
-  values.branches.forEach((entry) => tips.set(entry.branch, entry.tip));
-  branch = values.branch;
-  const list = path(tips.get(branch));
-  await show(list.filter((chunk) => missing.has(chunk.id)));
-  if (list.length) send({ type: 'played', chunk: list.at(-1).id });
-  draw();
+  player.cut(video.load(await answer.json()));
+  const list = video.path();
+  await show(list);
+  if (list.length) connection.send({ type: 'played', chunk: list.at(-1).id });
 }
 
-/** Fetch chunks and give them to the player. */
+async function fetchChunk(chunk, kind) {
+  const answer = await fetch(`/v1/sessions/${video.session}/chunks/${chunk.id}.${kind}`);
+  return answer.ok ? answer.arrayBuffer() : null;
+}
+
+/** Give the player the chunks of a list that it does not hold. */
 async function show(list) {
+  const [session, branch] = [video.session, video.branch];
   for (const chunk of list) {
-    const answer = await fetch(`/v1/sessions/${session}/chunks/${chunk.id}.mp4`);
-    if (!answer.ok) continue;
-    const body = await answer.arrayBuffer();
-    player.push({ ...chunk, codec: chunk.codec ?? codecOf(new Uint8Array(body)) }, body);
+    if (player.holds(chunk.start_frame / video.fps)) continue;
+    const body = await fetchChunk(chunk, player.kind);
+    if (session !== video.session || branch !== video.branch) return;
+    if (body) player.push(chunk, body);
   }
-}
-
-function codecOf(bytes) {
-  const at = bytes.findIndex((byte, i) => byte === 0x61 && bytes[i + 1] === 0x76 && bytes[i + 2] === 0x63 && bytes[i + 3] === 0x43);
-  return 'avc1.' + [5, 6, 7].map((i) => bytes[at + i].toString(16).padStart(2, '0')).join('');
-}
-
-function forget() {
-  session = undefined;
-  sessionStorage.removeItem('session');
-  $('go').textContent = 'Start';
 }
 
 function onFrame(seconds) {
+  const chunk = video.at(seconds);
+  if (!chunk) return; // of what was there before
   if (!log.frames++) mark('firstframe');
-  const at = path(tips.get(branch)).find((chunk) => seconds < end(chunk) - 1e-4);
-  if (at && at.id !== current) {
-    current = at.id;
-    mark('shown', { chunk: at.id, prompt: at.prompt });
-    send({ type: 'played', chunk: at.id });
-    for (const button of $('timeline').querySelectorAll('button')) {
-      button.setAttribute('aria-current', String(+button.dataset.chunk === current));
-    }
-    figures();
-  }
+  figures.frame();
+  if (chunk.id === current) return;
+  current = chunk.id;
+  mark('shown', { chunk: chunk.id, prompt: chunk.prompt });
+  connection.send({ type: 'played', chunk: chunk.id });
+  timeline.mark(current);
+  figures.draw(current);
+  const path = video.path(), at = path.indexOf(chunk);
+  show(path.slice(at, at + 3)); // what the player had to give up may come again
 }
 
 function draw() {
-  const list = path(tips.get(branch));
-  const buttons = new Map([...$('timeline').children].map((item) => [+item.dataset.chunk, item]));
-  $('timeline').replaceChildren(...list.map((chunk, i) => buttons.get(chunk.id) ?? timelineItem(chunk, list[i - 1])));
-  $('branches').replaceChildren(...(tips.size > 1 ? [...tips.keys()].map(branchButton) : []));
-  $('download').href = `/v1/sessions/${session}/video.mp4?branch=${branch}`;
-  figures();
+  timeline.draw();
+  timeline.mark(current);
+  figures.draw(current);
+  drawControls({ video, going: connection.open && Boolean(video.session || queued), paused: player?.wantsPause, camera });
 }
 
-function timelineItem(chunk, before) {
-  const item = document.createElement('li'), button = document.createElement('button'), image = new Image();
-  item.dataset.chunk = button.dataset.chunk = chunk.id;
-  item.className = before && before.prompt !== chunk.prompt ? 'changed' : '';
-  button.type = 'button';
-  button.title = chunk.prompt;
-  const place = `${(chunk.start_frame / fps).toFixed(1)} s`;
-  button.setAttribute('aria-label', `Go on from ${place}: ${chunk.prompt}`);
-  image.alt = '';
-  image.src = `/v1/sessions/${session}/chunks/${chunk.id}.webp`;
-  button.append(image, place);
-  button.onclick = () => fork(chunk.id);
-  item.append(button);
-  return item;
-}
-
-function branchButton(number) {
-  const button = document.createElement('button');
-  button.type = 'button';
-  button.textContent = `Branch ${number + 1}`;
-  button.setAttribute('aria-current', String(number === branch));
-  button.onclick = () => number !== branch && turnTo(number);
-  return button;
-}
-
-/** The chunk that is left stays; what comes next is new, also where the prompt is not. */
+/** The chunk that is left stays; what comes next is new, also where nothing else is. */
 function fork(id) {
+  const next = video.path().find((chunk) => chunk.parent === id), prompt = $('prompt').value.trim();
   mark('fork', { chunk: id });
-  const prompt = $('prompt').value.trim();
-  send({ type: 'fork', chunk: id, ...(prompt && { prompt }), seed: Math.floor(Math.random() * 2 ** 32) });
+  const seed = next?.prompt === prompt ? { seed: Math.floor(Math.random() * 2 ** 32) } : {};
+  const message = { type: 'fork', chunk: id, ...(prompt && { prompt }), ...seed, settings: settings.whilePlaying() };
+  if (!connection.send(message)) tellProblem('There is no connection to the server just now.');
 }
 
-async function turnTo(number) {
-  const before = new Set(path(tips.get(branch)).map((chunk) => chunk.id));
-  const other = path(tips.get(number)), shared = other.filter((chunk) => before.has(chunk.id)).at(-1);
-  branch = number;
-  player.cut(shared ? end(shared) : 0);
-  await show(other.filter((chunk) => !before.has(chunk.id)));
-  send({ type: 'fork', chunk: tips.get(number) });
+async function turnTo(branch) {
+  const before = video.path();
+  video.branch = branch;
+  player.cut(sharedSeconds(video, before, video.path()));
+  connection.send({ type: 'fork', chunk: video.tips.get(branch) });
   draw();
-}
-
-function figures() {
-  const newest = chunks.get(tips.get(branch)), shown = chunks.get(current);
-  const rows = { chunks: path(tips.get(branch)).length };
-  if (newest) rows.ahead = Math.max(0, newest.index - (shown?.index ?? -1));
-  if (newest?.timings) {
-    const ms = (seconds) => `${Math.round(seconds * 1000)} ms`;
-    Object.assign(rows, { step: ms(newest.step_s), denoise: ms(newest.timings.denoise_s),
-      past: ms(newest.timings.clean_pass_s), decode: ms(newest.timings.decode_s), encode: ms(newest.encode_s) });
-  }
-  $('figures').replaceChildren(...Object.entries(rows).flatMap(([name, value]) => {
-    const key = document.createElement('dt'), number = document.createElement('dd');
-    key.textContent = name;
-    number.textContent = value;
-    return [key, number];
-  }));
+  await show(video.path());
 }
 
 function togglePause() {
@@ -207,41 +171,144 @@ function togglePause() {
   if (player.wantsPause) player.play();
   else player.pause();
   say(player.wantsPause ? 'Paused' : 'Live');
+  draw();
 }
 
-function look(step) {
-  const list = path(tips.get(branch)), at = list.findIndex((chunk) => chunk.id === current) + step;
-  if (list[at]) $('video').currentTime = list[at].start_frame / fps + 0.01;
+async function look(chunk, after = 0.01) {
+  if (!chunk) return;
+  await show([chunk]);
+  player.seek(chunk.start_frame / video.fps + after);
 }
 
-function begin(start) {
-  try {
-    player ??= new Player($('video'), fps, onFrame, say);
-  } catch (error) {
-    say(error.message);
-    return;
-  }
-  connect(start);
+function lookBeside(step) {
+  const path = video.path();
+  look(path[path.findIndex((chunk) => chunk.id === current) + step]);
 }
 
-$('form').addEventListener('submit', (event) => {
-  event.preventDefault();
+/** A new video; the one before stays on the server for a while. */
+function begin(start, problem = '') {
+  mark('submit', { number: number++ });
+  connection.leave();
+  sessionBefore = start.resume ? null : video.session;
+  video.clear();
+  video.fromCamera = Boolean(start.camera);
+  current = null;
+  log.frames = 0;
+  figures.begin();
+  player?.destroy();
+  player = newPlayer($('stage'), video.fps, 'The video', onFrame);
+  tellProblem(problem);
+  say('Connecting…');
+  connection.start({ type: 'start', transport: player.kind, ...start });
+  draw();
+}
+
+/** A start message of what the page says. */
+function asked(more = {}) {
+  const seed = settings.seed;
+  return { prompt: $('prompt').value.trim(), settings: settings.atStart(more.camera), ...(seed !== null && { seed }), ...more };
+}
+
+function submit() {
   const prompt = $('prompt').value.trim();
   if (!prompt) return;
-  mark('submit', { number: asked++ });
-  if (socket?.readyState === WebSocket.OPEN && session) send({ type: 'prompt', prompt, playhead: player.time });
-  else begin(session ? { type: 'start', resume: session } : { type: 'start', prompt });
-});
+  if (connection.open && (video.session || queued)) {
+    mark('submit', { number: number++ });
+    tellProblem('');
+    connection.send({ type: 'prompt', prompt, ...($('now').checked && { playhead: player.time }) });
+  } else if (video.session && !video.fromCamera) {
+    promptForLater = prompt;
+    connection.start(connection.resume());
+  } else begin(asked());
+}
 
-addEventListener('keydown', (event) => {
-  if (event.target.tagName === 'INPUT' || event.ctrlKey || event.metaKey || event.altKey) return;
-  const onButton = ['BUTTON', 'A', 'SUMMARY'].includes(event.target.tagName);
-  if (event.key === ' ' && !onButton) { event.preventDefault(); togglePause(); }
-  else if (event.key === 'ArrowLeft') look(-1);
-  else if (event.key === 'ArrowRight') look(1);
-  else if (event.key === 'f' && current !== null) fork(current);
-  else if (event.key === 'd' && session) $('download').click();
-});
+async function startFromPicture(file) {
+  const image = await sendPicture(file, model), schedule = scheduleBefore ?? {};
+  scheduleBefore = null;
+  stopCamera();
+  begin(asked({ image, ...schedule }));
+}
 
+async function playSchedule(file) {
+  const { prompt, prompt_changes: changes, seed, settings: chosen, image } = await readSchedule(file);
+  $('prompt').value = prompt;
+  settings.use(chosen, seed);
+  scheduleBefore = changes && { prompt_changes: changes };
+  if (image) throw new Error(`This schedule starts from a picture: now give ${image}.`);
+  stopCamera();
+  begin(asked(scheduleBefore));
+  scheduleBefore = null;
+}
+
+async function toggleCamera() {
+  if (camera) return stopCamera();
+  const size = { width: model.width / model.pixel_scale, height: model.height / model.pixel_scale };
+  const made = new Camera($('camera-view'), { ...size, fps: model.fps, send: (bytes) => video.session && connection.sendBytes(bytes) });
+  await made.start();
+  camera = log.camera = made;
+  begin(asked({ camera: true, ahead: 1 }));
+}
+
+function stopCamera() {
+  camera?.stop();
+  camera = null;
+  draw();
+}
+
+/** Actions whose errors are told on the page. */
+function inWords(actions) {
+  const told = (action) => (...values) => action(...values).catch((error) => tellProblem(error.message));
+  return Object.fromEntries(Object.entries(actions).map(([name, action]) => [name, told(action)]));
+}
+
+function setQuick(index) {
+  $('prompt').value = model.quick_prompts[index];
+  submit();
+}
+
+function download() {
+  for (const id of ['download', 'making']) if ($(id).href) $(id).click();
+}
+
+function openComparison() {
+  if ($('compare').disabled) return;
+  if (!player.wantsPause) togglePause();
+  comparison.open();
+}
+
+/** Browsers that ran dry often wait for more than the server makes ahead: begin where they stand, and let it make more. */
+function lookForStall() {
+  const stands = player && !player.wantsPause && !document.hidden && player.time === lookForStall.time;
+  lookForStall.time = player?.time;
+  const chunk = stands && player.holds(player.time) && video.at(player.time + 1 / video.fps);
+  if (!chunk) return;
+  mark('stall');
+  player.seek(player.time);
+  connection.send({ type: 'played', chunk: chunk.id });
+}
+
+/** A network that is lost says nothing: whoever waits much longer than a chunk takes asks anew. */
+function lookForSilence() {
+  const path = video.path(), dry = path.length && path.at(-1).id === current;
+  const patience = MOST_SILENCE_MS + 4000 * (path.at(-1)?.step_s ?? 0);
+  if (dry && !quiet && !camera && !document.hidden && performance.now() - connection.heard > patience) connection.giveUp();
+}
+
+wireControls({
+  submit, togglePause, lookBeside, download, openComparison,
+  ...inWords({ toggleCamera, startFromPicture, playSchedule }),
+  quick: setQuick,
+  toFirst: () => look(video.path()[0], 0),
+  toNewest: () => look(video.path().at(-1)),
+  forkHere: () => !$('fork').disabled && fork(current),
+  startAnew: () => { stopCamera(); begin(asked()); },
+});
+setInterval(lookForSilence, 1000);
+setInterval(lookForStall, 1500);
+$('prompt').maxLength = model.max_prompt_length;
+$('prompt').value = model.quick_prompts[0];
+offerPrompts(model.quick_prompts, setQuick);
+fit($('stage'), model);
+$('go').disabled = false; // before, Enter would send the form away
 const earlier = sessionStorage.getItem('session');
-if (earlier) begin({ type: 'start', resume: earlier });
+if (earlier) begin({ resume: earlier });

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from live_browser import Page, launched_chromium
+from live_server import ServerProcess
 from saved_rollouts import start
 from saved_runs import CHUNK_STARTS, FRAMES, STOP, frames_of, words
 
@@ -76,3 +78,32 @@ def stopped(tiny_checkpoint: Path, tmp_path_factory) -> Path:
 def unfinished(stopped: Path, tmp_path: Path) -> Path:
     shutil.copytree(stopped, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; without one the test is skipped, or fails where it is required."""
+    with launched_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens pages, and closes them after the test, so that none holds a slot."""
+    pages: list[Page] = []
+
+    def open_page(link: str, **context) -> Page:
+        pages.append(Page(browser, link, **context))
+        return pages[-1]
+
+    yield open_page
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def live_server(browser, tmp_path_factory):
+    """`wan-ar serve` with the demo model and two slots, once there is a browser for it."""
+    server = ServerProcess("--slots", "2", log=tmp_path_factory.mktemp("server") / "log")
+    yield server
+    server.stop()

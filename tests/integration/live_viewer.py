@@ -32,9 +32,9 @@ def alone(pipe, prompt: str, seed: int, count: int, changes: dict[int, str] | No
 class Viewer:
     """Gets what the engine sends, and keeps the chunks by number."""
 
-    def __init__(self, engine: Engine, **start) -> None:
+    def __init__(self, engine: Engine, image=None, **start) -> None:
         self.engine, self.messages, self.chunks = engine, queue.Queue(), {}
-        self.session = engine.open(Start(**start), self.emit)
+        self.session = engine.open(Start(**start), self.emit, image)
 
     def emit(self, message, body) -> None:
         self.messages.put((message, body))

@@ -1,0 +1,90 @@
+"""The page when something goes away: the server, its process, the network."""
+
+import itertools
+import os
+import signal
+
+import pytest
+from live_browser import GREEN, RED, Network, Page
+from live_server import ServerProcess
+
+pytestmark = pytest.mark.slow
+
+
+def story(page: Page) -> list[tuple[float, str]]:
+    """Where the chunks of the timeline begin, and their prompts; none is missing between two others."""
+    labels = [label.split(": ", 1) for label in page.chunks.evaluate_all("all => all.map((one) => one.ariaLabel)")]
+    starts = [float(place.removeprefix("Go on from ").removesuffix(" s")) for place, _ in labels]
+    assert starts[:1] == [0.0]
+    for before, after in itertools.pairwise(starts):
+        assert after - before == pytest.approx(0.75 if before else 9 / 16, abs=0.11)
+    return list(zip(starts, (prompt for _, prompt in labels), strict=True))
+
+
+def test_a_page_outlives_its_server(visit, tmp_path):
+    words = ("--state", str(tmp_path / "state"), "--port")
+    server = ServerProcess(*words, "0", log=tmp_path / "first.log")
+    page = visit(server.link)
+    page.ask(RED)
+    page.until(lambda: page.chunks.count() >= 3)
+    page.ask(GREEN)
+    page.shows("green", "red")
+    session, seen = page.js("wanLive.session"), story(page)
+    server.stop()
+    page.until(lambda: "Trying again" in page.status)
+    server = ServerProcess(*words, str(server.port), log=tmp_path / "second.log")
+    page.until(lambda: page.chunks.count() >= len(seen) + 2)
+    page.plays_on()
+    # The same video: what was there before the end still is, in its place, and more after it.
+    assert page.js("wanLive.session") == session
+    kept = [chunk for chunk in story(page)[: len(seen)] if chunk in seen]
+    assert len(kept) >= len(seen) - 1  # one was perhaps on its way to be cut
+    page.shows("green", "red")
+
+    # A process that is killed saves nothing more: the page goes on with what there is, or says what is gone.
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.stop()
+    page.until(lambda: "Trying again" in page.status)
+    server = ServerProcess(*words, str(server.port), log=tmp_path / "third.log")
+    page.until(lambda: page.status == "Live" or page.page.is_visible("#problem"))
+    page.ask(RED)
+    page.shows("red", "green")
+    story(page)
+    assert [problem for problem in page.problems if "WebSocket" not in problem and "ERR_CONN" not in problem] == []
+    server.stop()
+
+
+def test_a_network_that_is_lost_for_some_seconds(visit, live_server):
+    network = Network(live_server.port)
+    page = visit(network.link)
+    page.ask(RED)
+    page.until(lambda: page.chunks.count() >= 3)
+    session, seen = page.js("wanLive.session"), story(page)
+    network.cut()
+    page.until(lambda: "Trying again" in page.status)
+    page.page.wait_for_timeout(3000)
+    network.mend()
+    page.until(lambda: page.chunks.count() >= len(seen) + 3)
+    page.plays_on()
+    assert page.js("wanLive.session") == session
+    assert story(page)[: len(seen)] == seen
+    page.ask(GREEN)
+    page.shows("green", "red")
+    assert [problem for problem in page.problems if "ERR_" not in problem] == []
+    network.close()
+
+
+def test_a_network_that_swallows_everything(visit, live_server):
+    """Nothing ends the connection: the page itself notices that it has waited too long."""
+    network = Network(live_server.port)
+    page = visit(network.link)
+    page.ask(RED)
+    page.until(lambda: page.chunks.count() >= 3)
+    session, count = page.js("wanLive.session"), page.chunks.count()
+    network.swallow()
+    page.until(lambda: page.js("wanLive.events.some(e => e.kind === 'lost')"))
+    network.mend()
+    page.until(lambda: page.chunks.count() >= count + 4)
+    assert page.js("wanLive.session") == session
+    story(page)
+    network.close()
