@@ -104,6 +104,10 @@ class RenderWorker:
         except (OutputHeldError, OutputLostError) as error:
             return Outcome(job, "held", reason=describe_error(error))
         except Exception as error:
+            from wan_autoregressive.pipelines.ranks import RankFailedError
+
+            if isinstance(error, RankFailedError):  # no fault of the video: other ranks can make it
+                raise
             return Outcome(job, "failed", reason=describe_error(error))
 
     def _find(self, job: Job) -> Outcome | None:
