@@ -61,19 +61,18 @@ class ChunkEncoders:
 
     def _encode(self, session: LiveSession, made: MadeChunk) -> None:
         started = time.perf_counter()
-        entry, folder = made.entry, session.video.folder
-        mp4 = encode_mp4(made.frames, self._model.fps, self._model.scale)
-        body, codec = mp4, codec_of(mp4)
-        if session.transport == "images":
-            body, codec = encode_images(made.frames), IMAGES_CODEC
+        entry, folder, transport = made.entry, session.video.folder, session.transport
+        files = {"webp": encode_thumbnail(made.frames[0])}
+        if transport == "images":
+            files["images"] = encode_images(made.frames)
+        files["mp4"] = encode_mp4(made.frames, self._model.fps, self._model.scale)  # last: it makes a chunk count
         try:
-            folder.chunk_path(entry.id, "webp").write_bytes(encode_thumbnail(made.frames[0]))
-            if session.transport == "images":
-                folder.chunk_path(entry.id, "images").write_bytes(body)
-            folder.chunk_path(entry.id, "mp4").write_bytes(mp4)
-        except OSError:  # no half of an mp4, which would count as a chunk
+            for kind, data in files.items():
+                folder.chunk_path(entry.id, kind).write_bytes(data)
+        except OSError:  # no half of an mp4
             folder.remove_chunk(entry.id)
             raise
+        body = files[transport]
         took = time.perf_counter() - started
         timings = {name: round(seconds, 4) for name, seconds in made.chunk.timings.as_dict().items()}
         step_s = sum(timings.values())
@@ -87,7 +86,7 @@ class ChunkEncoders:
             frames=entry.frames,
             prompt=entry.prompt,
             near=entry.near,
-            codec=codec,
+            codec=codec_of(body) if transport == "mp4" else IMAGES_CODEC,
             step_s=round(step_s, 4),
             encode_s=round(took, 4),
             timings=timings,

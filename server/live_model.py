@@ -86,9 +86,12 @@ class LiveModel:
         return self.pipe.rollout(prompt, image=image, video=source, generator=generator, **values)
 
     def run_up_frames(self, settings: Mapping[str, Any]) -> int:
-        """Latent frames that `start_behind` takes, which fill three chunks; 0 where the sampler cannot do that."""
+        """Latent frames that `start_behind` takes, which fill three chunks; 0 where that cannot be done.
+
+        Neither a sampler that has several chunks under way can, nor a transformer that is told of the first frame.
+        """
         config = self.config(settings)
-        if not SAMPLERS.load(config.sampler).denoises_by_chunk:
+        if not SAMPLERS.load(config.sampler).denoises_by_chunk or self.pipe.wan_components().condition_channels:
             return 0
         return (config.first_chunk_frames or config.chunk_frames) + 2 * config.chunk_frames
 

@@ -70,8 +70,8 @@ const handlers = {
     mark('cut', { after: message.after });
     video.cut(message);
     player.cut(message.frame / video.fps);
-    if (message.repeating) say(`Going back: ${message.repeating} chunks are made again…`);
-    else if (message.near) say('Going back, to a past that is near to what it was…');
+    if (message.near) say('Going back, to a past that is near to what it was…');
+    else if (message.repeating) say(`Going back: ${message.repeating} chunks are made again…`);
     draw();
   },
   error(message) {

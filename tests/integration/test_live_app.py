@@ -134,6 +134,8 @@ def test_a_prompt_longer_than_the_text_encoder_takes_is_refused_and_nothing_else
         viewer.say(type="start", prompt=long)
         error = viewer.wait_for("error")
         assert (error["code"], "make it shorter" in error["message"]) == ("prompt", True)
+        viewer.say(type="start", prompt=RED, prompt_changes={"5s": long})
+        assert viewer.wait_for("error")["code"] == "prompt"
         viewer.say(type="start", prompt="  a red\n\tcircle ")
         assert viewer.wait_for("chunk")["prompt"] == "a red circle"
         viewer.say(type="prompt", prompt=long)

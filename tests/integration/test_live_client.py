@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from live_viewer import GREEN, RED, alone, new_engine, until
+from live_viewer import GREEN, RED, alone, live_model, new_engine, until
 from live_web import running
 from PIL import Image
 from saved_runs import frames_of
 
 from wan_autoregressive.client import AsyncLiveClient, LiveClient, LiveError
+from wan_autoregressive.server.chunk_files import encode_mp4
 from wan_autoregressive.server.guard import Door
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,26 @@ def test_a_video_with_a_change_and_a_fork(link, pipe, tmp_path):
         live.forget()
         with pytest.raises(LiveError, match="ended the connection"):
             list(live)
+
+
+def test_settings_and_planned_prompts(link, pipe):
+    settings = {"num_inference_steps": 2, "window_frames": 9}
+    with LiveClient(link) as live:
+        live.start(RED, seed=3, ahead=1, settings=settings, prompt_changes={"3": GREEN})
+        chunks = [live.next_chunk(), live.next_chunk()]
+        live.change(num_inference_steps=1)
+        chunks += [live.next_chunk(), live.next_chunk()]
+        made = live.describe()["chunks"]
+        with pytest.raises(ValueError, match="Extra inputs"):
+            live.change(frames=3)
+        live.forget()
+    rollout, expected = live_model(pipe).start(RED, 3, settings=settings), []
+    for chunk in made[:4]:
+        rollout.change(**(chunk["new_settings"] or {}))
+        expected.append(encode_mp4(rollout.step(prompt=chunk["new_prompt"]).frames[0], 16.0, 8))
+    assert [chunk.mp4 for chunk in chunks] == expected
+    assert made[1]["prompt"] == GREEN
+    assert {"num_inference_steps": 1} in [chunk["new_settings"] for chunk in made]
 
 
 @pytest.mark.slow

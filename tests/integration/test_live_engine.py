@@ -5,12 +5,10 @@ import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from live_viewer import GREEN, RED, Viewer, alone, live_model, new_engine, until
 
 from wan_autoregressive.server.limits import QueueFullError, UnknownSessionError
-from wan_autoregressive.server.live_video import LiveVideo
 from wan_autoregressive.server.messages import ChangePrompt, Fork, Pause, Resume
 
 
@@ -234,44 +232,3 @@ def test_ends_its_threads(pipe, tmp_path):
     Viewer(engine, prompt=RED).watch(1)
     engine.shutdown()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("wan-")]
-
-
-def mean_difference(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(one.astype(float) - other).mean())
-
-
-def test_a_place_long_ago_is_gone_back_to_nearly(pipe, tmp_path):
-    """Keys and values from the latents of three chunks: not the bits, but the same video, unlike another seed's."""
-    model, plain = live_model(pipe), live_model(pipe).start(RED, 4)
-    video = LiveVideo(model, tmp_path / "video", RED, 4, snapshots=1)
-    exact = [(video.advance(), plain.step())[1].frames[0] for _ in range(14)]
-    video.fork(10)
-    assert (video.is_near, video.num_to_repeat) == (True, 3)
-    near = [made for _ in range(5) if (made := video.advance())]
-    assert [(made.entry.start_frame, made.entry.near) for made in near] == [(129, True), (141, False)]
-    other = model.start(RED, 5)
-    differing = [other.step().frames[0] for _ in range(13)]
-    for made, index in zip(near, (11, 12), strict=True):
-        assert 0 < mean_difference(made.frames, exact[index]) < 0.5 * mean_difference(differing[index], exact[index])
-
-    # Behind a near chunk all is exact again: held, made again, or taken up.
-    tip = near[-1].entry.id
-    video.fork(None)
-    video.fork(tip)
-    video.save()
-    for chunk in video.timeline.chunks:
-        video.folder.chunk_path(chunk, "mp4").touch()  # as if it could be shown
-    again = LiveVideo.load(model, tmp_path / "video", snapshots=1)
-    expected = [video.advance() for _ in range(video.num_to_repeat + 1)][-1]
-    found = [again.advance() for _ in range(again.num_to_repeat + 5)]
-    assert (next(made for made in found if made).frames == expected.frames).all()
-
-
-def test_few_chunks_are_made_again_to_the_bit(pipe, tmp_path):
-    video = LiveVideo(live_model(pipe), tmp_path / "video", RED, 4, snapshots=1)
-    made = [video.advance() for _ in range(8)]
-    video.fork(6)
-    assert (video.is_near, video.num_to_repeat) == (False, 7)
-    again = [video.advance() for _ in range(8)]
-    assert again[:-1] == [None] * 7
-    assert (again[-1].frames == made[7].frames).all()

@@ -163,6 +163,36 @@ def test_settings_that_change_are_part_of_a_place(pipe, tmp_path):
     assert video.settings == {"num_inference_steps": 2}
     with pytest.raises(ValueError, match="cannot change while a video is made"):
         video.change_settings({"window_frames": 9})
+    watch(video, 1)
+    video.change_settings({"num_inference_steps": 3})
+    watch(video, 1)
+    video.change_prompt("rain", after=0)
+    assert video.settings == {"num_inference_steps": 3}
+
+
+@pytest.mark.parametrize("has_rollout", [True, False])
+def test_settings_and_plans_outlive_a_restart(pipe, tmp_path, has_rollout):
+    """A video that is saved and taken up goes on as one that never stopped, if need be from its start."""
+    model = live_model(pipe)
+    start = Start(prompt=RED, seed=3, settings={"window_frames": 9}, prompt_changes={"9": GREEN, "12": "rain"})
+
+    def begun(name: str) -> LiveVideo:
+        video = LiveVideo(model, tmp_path / name, RED, 3, plan=VideoPlan.from_start(model, start))
+        watch(video, 2)
+        video.change_settings({"num_inference_steps": 2})
+        return video
+
+    straight, stopped = begun("straight"), begun("stopped")
+    stopped.save()
+    for chunk in stopped.timeline.chunks:
+        stopped.folder.chunk_path(chunk, "mp4").touch()  # as if it could be shown
+    if not has_rollout:
+        stopped.folder.remove_rollouts(but=None)
+    again = LiveVideo.load(model, tmp_path / "stopped")
+    assert again.settings == {"window_frames": 9, "num_inference_steps": 2}
+    np.testing.assert_array_equal(watch(again, 3), watch(straight, 3))
+    assert again.describe() == straight.describe()
+    assert [chunk.prompt for chunk in again.timeline.branch_path()] == [RED, RED, RED, GREEN, "rain"]
 
 
 def test_settings_of_a_viewer_are_bounded(pipe):
