@@ -14,7 +14,7 @@ export function tellProblem(text) {
   $('problem').firstElementChild.textContent = sentence + (!sentence || sentence.endsWith('.') ? '' : '.');
 }
 
-/** Why the server has ended a connection, by its close code. */
+/** Why the server has ended a connection, by its close code; or a video, by the code of the error. */
 export const wordsOfClose = {
   1006: 'There is no connection to the server. Press Enter to try again.',
   1008: 'This page took too long to take the video. Press Enter to go on.',
@@ -22,6 +22,8 @@ export const wordsOfClose = {
   1013: 'The queue is full. Try again in a minute.',
   4408: 'Nothing happened for a while. Press Enter to go on.',
   4429: 'This page asked too much at once. Press Enter to go on.',
+  failed: 'The server cannot go on with this video. Press Enter to try again.',
+  taken_over: 'This video goes on in another window. Press Enter to have it here again.',
 };
 
 const SHARE_OF_HEIGHT = 0.52; // of the window, for the video

@@ -77,8 +77,10 @@ const handlers = {
   error(message) {
     mark('error', { code: message.code });
     tellProblem(message.message);
-    if (message.code === 'failed') stopCamera();
     quiet ||= message.code === 'limit';
+    if (!['failed', 'taken_over'].includes(message.code)) return;
+    connection.leave(); // the server takes nothing more on it
+    ended(message.code);
   },
 };
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 from live_browser import GREEN, RED, Network, Page
 from live_server import ServerProcess
+from live_web import WebViewer
 
 pytestmark = pytest.mark.slow
 
@@ -88,3 +89,19 @@ def test_a_network_that_swallows_everything(visit, live_server):
     assert page.js("wanLive.session") == session
     story(page)
     network.close()
+
+
+def test_a_video_that_another_window_took_comes_back_on_enter(visit, live_server):
+    page = visit(live_server.link)
+    page.ask(RED)
+    page.until(lambda: page.chunks.count() >= 2)
+    session = page.js("wanLive.session")
+    other = WebViewer(live_server.port, resume=session)
+    other.wait_for("started")
+    page.until(lambda: "another window" in page.status)
+    other.close()
+    page.ask(GREEN)
+    page.shows("green", "red")
+    assert page.js("wanLive.session") == session
+    story(page)
+    assert page.problems == []
