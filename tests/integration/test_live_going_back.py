@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 from live_viewer import GREEN, RED, live_model
+from PIL import Image
+from wan22_folder import make_i2v_folder
 
+from wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.server.live_video import LiveVideo
 from wan_autoregressive.server.schedule import export_schedule
 from wan_autoregressive.server.video_plan import VideoPlan
@@ -54,11 +57,8 @@ def test_few_chunks_are_made_again_to_the_bit(pipe, tmp_path):
     assert (again[-1].frames == made[7].frames).all()
 
 
-def test_a_sampler_that_cannot_begin_behind_latents_is_repeated_to_the_bit(pipe, tmp_path):
-    model, settings = live_model(pipe), {"sampler": "rolling", "sink_frames": 0}
-    plain = model.start(RED, 4, settings=settings)
-    exact = [plain.step().frames[0] for _ in range(12)]
-    video = LiveVideo(model, tmp_path / "video", RED, 4, snapshots=1, plan=VideoPlan(settings))
+def assert_far_is_exact(video: LiveVideo, exact: list[np.ndarray]) -> None:
+    """Farther back than is repeated elsewhere, all of it is made again."""
     for _ in range(12):
         video.advance()
     video.fork(10)
@@ -66,6 +66,14 @@ def test_a_sampler_that_cannot_begin_behind_latents_is_repeated_to_the_bit(pipe,
     made = [video.advance() for _ in range(12)]
     assert made[:-1] == [None] * 11
     assert (made[-1].frames == exact[11]).all()
+
+
+def test_a_sampler_that_cannot_begin_behind_latents_is_repeated_to_the_bit(pipe, tmp_path):
+    model, settings = live_model(pipe), {"sampler": "rolling", "sink_frames": 0}
+    plain = model.start(RED, 4, settings=settings)
+    exact = [plain.step().frames[0] for _ in range(12)]
+    video = LiveVideo(model, tmp_path / "video", RED, 4, snapshots=1, plan=VideoPlan(settings))
+    assert_far_is_exact(video, exact)
 
 
 def test_a_place_long_ago_is_run_up_with_its_own_settings_and_planned_prompts(pipe, tmp_path):
@@ -90,3 +98,13 @@ def test_a_place_long_ago_is_run_up_with_its_own_settings_and_planned_prompts(pi
         rollout.step()
     expected = rollout.step(prompt="rain").frames[0], rollout.step().frames[0]
     assert all((chunk.frames == other).all() for chunk, other in zip(near, expected, strict=True))
+
+
+def test_a_model_that_is_told_of_the_first_frame_is_repeated_to_the_bit(tmp_path):
+    pipe = WanAutoregressivePipeline.from_pretrained(make_i2v_folder(tmp_path / "model"))
+    pipe.set_progress_bar_config(disable=True)
+    model, picture = live_model(pipe), Image.new("RGB", (32, 32), "red")
+    plain = model.start(RED, 4, picture)
+    exact = [plain.step().frames[0] for _ in range(12)]
+    video = LiveVideo(model, tmp_path / "video", RED, 4, picture, snapshots=1)
+    assert_far_is_exact(video, exact)
