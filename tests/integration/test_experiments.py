@@ -105,6 +105,7 @@ def test_decoding_alongside_is_measured_in_turns(tmp_path):
     assert result["torch_threads"] == 1
 
 
+@pytest.mark.slow
 def test_compiling_is_measured_in_turns_behind_the_warm_up(tmp_path, monkeypatch):
     # Inductor's kernels take a minute to be built.
     monkeypatch.setattr(compiled, "measure_compiled", functools.partial(compiled.measure_compiled, backend="eager"))

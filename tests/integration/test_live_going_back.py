@@ -68,6 +68,7 @@ def assert_far_is_exact(video: LiveVideo, exact: list[np.ndarray]) -> None:
     assert (made[-1].frames == exact[11]).all()
 
 
+@pytest.mark.slow
 def test_a_sampler_that_cannot_begin_behind_latents_is_repeated_to_the_bit(pipe, tmp_path):
     model, settings = live_model(pipe), {"sampler": "rolling", "sink_frames": 0}
     plain = model.start(RED, 4, settings=settings)
@@ -76,6 +77,7 @@ def test_a_sampler_that_cannot_begin_behind_latents_is_repeated_to_the_bit(pipe,
     assert_far_is_exact(video, exact)
 
 
+@pytest.mark.slow
 def test_a_place_long_ago_is_run_up_with_its_own_settings_and_planned_prompts(pipe, tmp_path):
     model = live_model(pipe)
     plan = VideoPlan({"window_frames": 9, "num_inference_steps": 2}, {9: GREEN, 36: "rain"})

@@ -101,6 +101,7 @@ def test_the_installed_command_renders_a_video(installed):
     assert (outside / "video.json").exists()
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     """What git knows of in the folders that pyproject.toml lists; no tests, benchmarks, examples or tools."""
     folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
@@ -146,6 +147,7 @@ def test_one_version():
     assert f"## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_module_of_the_wheel_can_be_imported_without_ray(installed):
     listed = run(
         installed / "env" / "bin" / "python",

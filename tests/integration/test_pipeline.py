@@ -237,9 +237,9 @@ def test_components_that_are_missing_are_named(pipe):
         bare(prompt_embeds=embeds, **SIZE, num_frames=5, output_type="latent", image=np.zeros((32, 32, 3)))
 
 
-def test_image_to_video_transformers_are_refused():
+def test_a_transformer_conditioned_on_an_image_needs_one():
     config = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 1, "text_dim": 8}
     model = CausalWanTransformer3DModel(**config, freq_dim=8, in_channels=36, out_channels=16)
     pipe = WanAutoregressivePipeline(None, None, model, None, SelfForcingScheduler())
-    with pytest.raises(ValueError, match="takes 36 and gives 16 channels"):
+    with pytest.raises(ValueError, match=r"conditioned on an image .36 input and 16 output channels.; pass image"):
         pipe(prompt_embeds=torch.zeros(1, 4, 8), **SIZE, num_frames=5, output_type="latent")

@@ -26,14 +26,19 @@ def frames_of(chunks) -> np.ndarray:
 @pytest.fixture
 def count_forwards(monkeypatch):
     """Forwards of the transformer as (frame_offset, frames, timestep, mode)."""
-    calls = []
-    forward = CausalWanTransformer3DModel.forward
+    calls, offsets = [], []
+    forward, plan_forward = CausalWanTransformer3DModel.forward, CausalWanTransformer3DModel.plan_forward
+
+    def planning(self, *args, frame_offset, **kwargs):
+        offsets.append(frame_offset)
+        return plan_forward(self, *args, frame_offset=frame_offset, **kwargs)
 
     def counting(self, hidden_states, timestep, *args, **kwargs):
         mode = kwargs["attention_kwargs"]["kv_cache"]._mode
-        calls.append((kwargs["frame_offset"], hidden_states.shape[2], float(timestep[0, 0]), mode))
+        calls.append((offsets[-1], hidden_states.shape[2], float(timestep[0, 0]), mode))
         return forward(self, hidden_states, timestep, *args, **kwargs)
 
+    monkeypatch.setattr(CausalWanTransformer3DModel, "plan_forward", planning)
     monkeypatch.setattr(CausalWanTransformer3DModel, "forward", counting)
     return calls
 

@@ -42,7 +42,10 @@ SAMPLERS = {
     "stream_batch, no lanes": {**STREAM_BATCH, "window_frames": 5, "sampler_options": {"sequential": True}},
 }
 
-SLOW = ("stream_batch, no window", "stream_batch, moved sink", "stream_batch, no lanes")
+SLOW = (
+    *("rolling as the original draws", "memory_bank, a candidate now and then"),
+    *("stream_batch, no window", "stream_batch, moved sink", "stream_batch, no lanes"),
+)
 
 each_sampler = pytest.mark.parametrize(
     "settings",

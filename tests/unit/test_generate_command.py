@@ -50,6 +50,9 @@ class FakePipeline:
         self.estimates: list[dict[str, Any]] = []
         self.fail = fail
 
+    def wan_components(self) -> Any:
+        return SimpleNamespace(condition_channels=0)
+
     def estimate(self, **options: Any) -> FakeEstimate:
         self.estimates.append(options)
         return FakeEstimate(chunks=-(-(options["num_frames"] - 9) // 12) + 1)
