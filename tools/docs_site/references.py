@@ -11,6 +11,7 @@ import griffe
 
 REFERENCE = re.compile(r"\[`([\w.]+)`\]")
 DOCUMENTED = re.compile(r"^::: (\S+)", re.MULTILINE)
+MARKS = re.compile(r"[`*]|\[(?=`)|(?<=`)\]")
 PARAMETER = re.compile(r"^( *[\w, ]+) \((.*)\):(?= |$)", re.MULTILINE)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "API.md"
 
@@ -35,4 +36,4 @@ class References(griffe.Extension):
 
 def _plain_type(match: "re.Match[str]") -> str:
     """`name ([`Type`], *optional*):` without marks, which the site sets as code."""
-    return f"{match[1]} ({re.sub(r'[`*]|[[](?=`)|(?<=`)[]]', '', match[2])}):"
+    return f"{match[1]} ({MARKS.sub('', match[2])}):"
