@@ -58,8 +58,8 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _plain(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensor itself, or what torchao's kind of tensor holds, which has no memory of its own."""
-    if not is_traceable_wrapper_subclass(tensor):
+    """The tensor itself, split over ranks or not, or what torchao's kind of tensor holds, which has no memory."""
+    if isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor):
         return {name: tensor}
     parts: dict[str, torch.Tensor] = {}
     for part in tensor.__tensor_flatten__()[0]:
