@@ -29,7 +29,7 @@ def test_the_figures_are_what_the_command_prints(capsys):
     made = memory_page.row(model, settings)
     assert f"{made.command}\n" in DOCUMENT
     assert main(made.command.split()[1:]) == 0
-    printed = dict(re.findall(r"^(.+?)\s{2,}(\S.*?)\s*$", capsys.readouterr().out, re.MULTILINE))
+    printed = dict(re.findall(r"^(.+?) {2,}(\S.*?) *$", capsys.readouterr().out, re.MULTILINE))
     assert printed["weights: transformer"] == human_bytes(made.weights)
     assert printed["held: K/V of 12 latent frames"] == human_bytes(made.kv_cache)
     most = printed["most at once: all models"], printed["most at once: without text encoder"]

@@ -133,8 +133,8 @@ def test_a_seed_is_drawn_and_noted_and_gives_the_same_again(tmp_path: Path, pipe
 def test_given_frames_reach_the_pipeline(tmp_path: Path, pipe: FakePipeline) -> None:
     Image.new("RGB", (96, 64), (10, 20, 30)).save(tmp_path / "a.png")
     assert cli.main(arguments(tmp_path / "x.mp4", "--prompt", "a", "--image", str(tmp_path / "a.png"))) == 0
-    assert pipe.calls[0]["video"].shape == (1, 1, 32, 48, 3)
-    assert (pipe.calls[0]["video"] == (10, 20, 30)).all()
+    assert pipe.calls[0]["image"].shape == (32, 48, 3)
+    assert (pipe.calls[0]["image"] == (10, 20, 30)).all()
     assert pipe.estimates[0]["given_frames"] == 1
     with VideoWriter(tmp_path / "clip.mp4", fps=16) as writer:
         writer.write(np.zeros((9, 64, 96, 3), np.uint8))
