@@ -1,5 +1,6 @@
 """What the tests of the page stand on: a Chromium that plays it, and a network that can be cut."""
 
+import importlib
 import os
 import shutil
 import socket
@@ -35,14 +36,14 @@ def launched_chromium():
     """A browser, with a camera that shows a moving picture. Skips or fails the test if there is none."""
     missing = pytest.fail if REQUIRED else pytest.skip
     try:
-        from playwright.sync_api import sync_playwright
+        playwright = importlib.import_module("playwright.sync_api")
     except ModuleNotFoundError:
         missing("playwright is not there (the extra `browser`, or `make test-browser`)")
     path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if path is None:
         missing("there is no Chromium (`apt-get install chromium`)")
     camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    with sync_playwright() as driver:
+    with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=camera)
         yield browser
         browser.close()
