@@ -15,7 +15,12 @@ from wan_autoregressive.scripts.costs.workload import make_workload
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"window_frames": None, "chunks": 4}, {"kv_dtype": "int8"}], ids=["window", "no window", "int8"]
+    "changes",
+    [
+        pytest.param({}, id="window"),
+        pytest.param({"window_frames": None, "chunks": 4}, id="no window", marks=pytest.mark.slow),
+        pytest.param({"kv_dtype": "int8"}, id="int8", marks=pytest.mark.slow),
+    ],
 )
 def test_costs_are_those_of_a_real_rollout(changes):
     workload = make_workload(layers=2, steps=2, **changes)

@@ -65,13 +65,10 @@ def count_graphs_by_block(model) -> dict[int, set[int]]:
     return ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("position_mode", "kv_dtype"),
-    [
-        pytest.param(mode, dtype, marks=() if (mode, dtype) == ("relative", "int8") else pytest.mark.slow)
-        for mode in ("absolute", "relative", "sink_relative")
-        for dtype in (None, "int8")
-    ],
+    [(mode, dtype) for mode in ("absolute", "relative", "sink_relative") for dtype in (None, "int8")],
 )
 def test_compiled_blocks_settle_on_a_few_graphs(position_mode, kv_dtype):
     """20 chunks with a window, a sink and a prompt switch; bookkeeping stays outside of the graphs."""

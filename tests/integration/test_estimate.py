@@ -37,7 +37,7 @@ VARIANTS = {
     "tiny VAE": {"tiny_vae": True},
     "pair": {"steps": 4, "model": replace(ModelSizes.of_preset("demo"), experts=2)},
 }
-QUICK = ("window", "bfloat16", "tiny VAE", "stream_batch")
+QUICK = ("window", "tiny VAE")
 
 
 CHUNKS_MORE = {"memory_bank": 2, "rolling": 3, "stream_batch": 2}

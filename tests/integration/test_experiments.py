@@ -165,6 +165,7 @@ def test_counting_changes_nothing_and_leaves_no_hooks():
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
 
 
+@pytest.mark.slow
 def test_a_steady_chunk_always_allocates_the_same():
     bench = bench_of(window_frames=9)
     rollout = start_rollout(bench.pipe, bench.workload)

@@ -31,6 +31,7 @@ def frames_of(path: Path) -> np.ndarray:
     return iio.imread(path, plugin="FFMPEG").astype(int)
 
 
+@pytest.mark.slow
 def test_what_changes_a_video_and_what_does_not(checkpoint: Path, tmp_path: Path) -> None:
     variants = {
         "plain": [],

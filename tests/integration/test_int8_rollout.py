@@ -112,8 +112,9 @@ def test_a_dry_run_knows_its_bytes(tmp_path, capsys):
     assert bytes_held[1] * 4 * head_dim == bytes_held[0] * (head_dim + 4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_of_a_rollout_is_lower_by_what_int8_saves(dtype):
     """Six layers and a window of 48 frames. Beside the cache int8 may take one layer's window in the model's dtype."""
     model, window, peaks, held = small_model(num_layers=6).to(dtype), 48, {}, {}

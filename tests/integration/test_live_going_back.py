@@ -17,6 +17,7 @@ def mean_difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one.astype(float) - other).mean())
 
 
+@pytest.mark.slow
 def test_a_place_long_ago_is_gone_back_to_nearly(pipe, tmp_path):
     """Keys and values from the latents of three chunks: not the bits, but the same video, unlike another seed's."""
     model, plain = live_model(pipe), live_model(pipe).start(RED, 4)

@@ -117,6 +117,7 @@ def everything() -> dict:
     }
 
 
+@pytest.mark.slow
 def test_everything_at_once_resumed_and_forked_equals_uninterrupted(wan22, tmp_path):
     rollout, expected = wan22.rollout(**everything()), []
     for index in range(7):

@@ -112,6 +112,7 @@ def test_a_drawn_seed_is_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text())["seed"] == notes["seed"]
 
 
+@pytest.mark.slow
 def test_damage_is_one_line_and_nothing_is_touched(tiny_checkpoint: Path, unfinished: Path, capfd) -> None:
     """Fuzz: cut off, flipped and deleted files of a saved state."""
     folder, dice = unfinished / "x.resume", random.Random(0)
