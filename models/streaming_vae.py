@@ -11,7 +11,7 @@ calls on the same shapes as upstream, frame by frame, and so to the bit. That co
 upstream and over those of one call here: a matrix product with fewer columns (frames x height x width of the latents),
 for which a library may take another kernel that rounds differently. In float32 on CPU, MKL does so for a single column
 where it uses AVX-512, and where it uses AVX2 for numbers that are no multiple of 16; pixels and moments then differ by
-less than 1e-5. Chunks of the same lengths give the same bits on one machine with one number of threads. With tiling
+less than 3e-5. Chunks of the same lengths give the same bits on one machine with one number of threads. With tiling
 upstream convolves frame by frame too, and nothing differs.
 
 The submodules replace the entries of such a list and never write into a cached tensor. Copying the list is therefore

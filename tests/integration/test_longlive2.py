@@ -145,7 +145,10 @@ def test_a_video_of_a_batch_is_as_alone(wan22):
         output_type="latent",
     )
     for both, one in zip(together, alone, strict=True):
-        torch.testing.assert_close(both.latents[1:], one.latents, rtol=0, atol=1e-4)
+        # Products of one and of two rows are rounded differently, which grows over the chunks (1.1e-4 by torch's
+        # kernels without vector instructions).
+        torch.testing.assert_close(both.latents[1:], one.latents, rtol=0, atol=5e-4)
+        assert (both.latents[:1] - one.latents).abs().max() > 0.1
 
 
 def test_relative_positions_know_no_offset(wan22):

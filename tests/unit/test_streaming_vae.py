@@ -183,7 +183,8 @@ def test_any_size_and_any_split(kind, mode, lengths, size, seed):
     wholes = vae.decode(latents).sample, vae.encode(video).latent_dist.parameters
     loops = wholes if is_tiled else (decode_loop(vae, latents, lengths), encode_loop(vae, video, lengths))
     for got, whole, loop in zip((pixels, moments), wholes, loops, strict=True):
-        torch.testing.assert_close(got, whole, rtol=0, atol=1e-5)
+        # Up to 1.4e-5 by torch's kernels without vector instructions (Wan2.2's VAE), 6e-6 by those with them.
+        torch.testing.assert_close(got, whole, rtol=0, atol=3e-5)
         assert torch.equal(got, loop)
         assert torch.equal(got, whole) or area % 16
 
