@@ -7,19 +7,17 @@ SIGTERM, 129 SIGHUP.
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
-from types import ModuleType
 from typing import Any, NoReturn
 
 from wan_autoregressive._version import __version__
 from wan_autoregressive.scripts.errors import describe_error, exit_code, print_error
-from wan_autoregressive.scripts.interrupts import handle_stops, leave_at_once, raise_stopped
+from wan_autoregressive.scripts.interrupts import handle_stops, import_or_leave, raise_stopped
 
 # Subcommand -> its module and its line in the help. The module has `add_parser(subparsers)` and `run(args) -> int`,
 # or else `main(words) -> int`. Only that of the subcommand that is asked for is imported: most of them import torch.
@@ -75,7 +73,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     wanted = _command_of(arguments)
     for name, (module_name, line) in COMMANDS.items():
-        module = _import(module_name) if name == wanted else None
+        module = import_or_leave(module_name) if name == wanted else None
         if module is None or not hasattr(module, "add_parser"):
             subparsers.add_parser(name, help=line)
             continue
@@ -92,7 +90,7 @@ def _run(arguments: list[str]) -> int:
     name = _command_of(arguments)
     parser = build_parser(arguments)
     if name in COMMANDS:
-        module = _import(COMMANDS[name][0])
+        module = import_or_leave(COMMANDS[name][0])
         if not hasattr(module, "add_parser"):
             at = arguments.index(name)
             parser.parse_args(arguments[: at + 1])
@@ -103,11 +101,6 @@ def _run(arguments: list[str]) -> int:
         parser.error(_unknown_flag(parser, unknown[0]))
     code = args.run(args)
     return code
-
-
-def _import(module_name: str) -> ModuleType:
-    with leave_at_once():
-        return importlib.import_module(module_name)
 
 
 def _command_of(arguments: Sequence[str]) -> str | None:

@@ -5,7 +5,6 @@ Everything that can be checked without the model is checked before it is loaded:
 
 from __future__ import annotations
 
-import importlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from wan_autoregressive.scripts import several_ranks
 from wan_autoregressive.scripts.errors import print_note
 from wan_autoregressive.scripts.generate_flags import GenerateArguments, parse_flags
 from wan_autoregressive.scripts.generate_inputs import Pixels, check_prompts, load_given, plan_jobs, read_prompts
-from wan_autoregressive.scripts.interrupts import leave_at_once
+from wan_autoregressive.scripts.interrupts import import_or_leave
 from wan_autoregressive.scripts.load_pipeline import (
     check_model_folder,
     load_pipeline,
@@ -62,8 +61,7 @@ def main(words: Sequence[str]) -> int:
     if not arguments.model_given:
         print_note("no --model given: using the small demo checkpoint that comes with the package")
     given = load_given(config)
-    with leave_at_once():
-        importlib.import_module("wan_autoregressive.pipelines")
+    import_or_leave("wan_autoregressive.pipelines")
 
     # 2. The videos; those of a list are held one by one
     if arguments.dry_run:

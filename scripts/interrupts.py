@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 Handler = Callable[[int, FrameType | None], None]
@@ -47,11 +48,10 @@ def handle_stops(handler: Handler) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
-@contextlib.contextmanager
-def leave_at_once() -> Iterator[None]:
-    """Within the block a signal ends the process then and there, with the line and the code of `Stopped`.
+def import_or_leave(module_name: str) -> ModuleType:
+    """Import a module; a signal meanwhile ends the process then and there, with the line and the code of `Stopped`.
 
-    For imports, before there is anything to clean up: torch calls Python from C++ while it is imported, and an
+    For what is imported before there is anything to clean up: torch calls Python from C++ while it is imported, and an
     exception that a handler raises in there aborts the process instead of passing through.
     """
 
@@ -62,7 +62,7 @@ def leave_at_once() -> Iterator[None]:
         os._exit(stopped.exit_code)
 
     with handle_stops(leave):
-        yield
+        return importlib.import_module(module_name)
 
 
 @contextlib.contextmanager
