@@ -78,6 +78,13 @@ class Page:
         self.page.fill("#prompt", prompt)
         self.page.press("#prompt", "Enter")
 
+    def show_red_then_green(self) -> None:
+        """Begin a video of at least three chunks and change its prompt."""
+        self.ask(RED)
+        self.until(lambda: self.chunks.count() >= 3)
+        self.ask(GREEN)
+        self.shows("green", "red")
+
     @property
     def status(self) -> str:
         return self.page.inner_text("#status")

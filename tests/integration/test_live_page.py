@@ -77,10 +77,7 @@ def test_a_new_prompt_may_wait_for_what_is_made(visit, live_server):
 
 def test_the_download_holds_the_frames_that_were_shown(visit, live_server, tmp_path):
     page = visit(live_server.link)
-    page.ask(RED)
-    page.until(lambda: page.chunks.count() >= 3)
-    page.ask(GREEN)
-    page.shows("green", "red")
+    page.show_red_then_green()
     page.page.click("#pause")
     page.page.click("#files summary")
     with page.page.expect_download() as download:

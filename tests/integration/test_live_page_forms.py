@@ -125,10 +125,7 @@ def test_keys_do_what_the_help_says(visit, live_server):
 
 def test_a_schedule_leaves_and_is_played_again(visit, live_server, tmp_path):
     page = visit(live_server.link)
-    page.ask(RED)
-    page.until(lambda: page.chunks.count() >= 3)
-    page.ask(GREEN)
-    page.shows("green", "red")
+    page.show_red_then_green()
     page.page.click("#pause")
     page.page.click("#files summary")
     with page.page.expect_download() as download:
