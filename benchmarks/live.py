@@ -87,10 +87,16 @@ async def frames_per_second(link: str, sessions: int, seconds: float) -> tuple[l
     return list(await asyncio.gather(*(watch(number) for number in range(sessions)))), chunks
 
 
-async def chunk_s_in_turns(link: str, model: LiveModel, blocks: int) -> tuple[list[float], list[float]]:
-    """Seconds per chunk of a session and of a bare rollout, in turns; the other one rests meanwhile."""
+async def chunk_s_in_turns(
+    server: ServerProcess, model: LiveModel, blocks: int
+) -> tuple[list[float], list[float], float]:
+    """Seconds per chunk of a session and of a bare rollout, in turns; the other one rests meanwhile.
+
+    And the share of the server's CPU seconds that went into the encoder's processes.
+    """
     rollout, served, bare = model.start(RED, 0), [], []
-    async with AsyncLiveClient(link) as live:
+    own_s = encoder_s = 0.0
+    async with AsyncLiveClient(server.link) as live:
         await live.start(RED, seed=0)
         for _ in range(_FULL_WINDOW):
             await live.next_chunk()
@@ -105,12 +111,14 @@ async def chunk_s_in_turns(link: str, model: LiveModel, blocks: int) -> tuple[li
             await live.resume()
             for _ in range(3):  # those that were made ahead, and one begun from rest
                 await live.next_chunk()
-            started = time.perf_counter()
+            before, started = server.cpu_s(), time.perf_counter()
             for _ in range(_BLOCK):
                 await live.next_chunk()
             served.append((time.perf_counter() - started) / _BLOCK)
+            after = server.cpu_s()
+            own_s, encoder_s = own_s + after[0] - before[0], encoder_s + after[1] - before[1]
         await live.forget()
-    return served, bare
+    return served, bare, encoder_s / (own_s + encoder_s)
 
 
 async def held_bytes(server: ServerProcess, sessions: int, chunks: int) -> float:
@@ -166,11 +174,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append((f"frames per second, sessions: {sessions}", each))
         model = demo_model()
         size = sum(len(chunk.mp4) for chunk in chunks) / sum(chunk.frames for chunk in chunks) * model.fps
-        served, bare = asyncio.run(chunk_s_in_turns(link, model, blocks=3))
+        served, bare, encoder_share = asyncio.run(chunk_s_in_turns(server, model, blocks=3 * args.repeats))
         over = [100 * (one / other - 1) for one, other in zip(served, bare, strict=True)]
         rows.append(("a chunk of a session, of a bare rollout", f"{_spread(served)}; {_spread(bare)}"))
         spread = f"{statistics.median(over):+.1f} % ({min(over):+.1f} to {max(over):+.1f})"
         rows.append(("server's overhead per chunk", spread))
+        rows.append(("share of ffmpeg in the server's CPU time", f"{100 * encoder_share:.1f} %"))
         rows.append(("bytes of a second of video", f"{size / 1000:.0f} kB"))
         held = asyncio.run(held_bytes(server, 3, 10))
         rows.append(("memory of a session", f"{held / 2**20:.0f} MiB"))

@@ -1,11 +1,9 @@
 """Places of one video that are held in memory as forks, to go back to at once and to the bit."""
 
-import ctypes
-import sys
 from collections.abc import Hashable, Iterable
-from contextlib import suppress
 from typing import Generic, TypeVar
 
+from wan_autoregressive.pipelines.heap import HEAP
 from wan_autoregressive.pipelines.rollout import WanRollout
 
 Place = TypeVar("Place", bound=Hashable)
@@ -39,7 +37,8 @@ class Snapshots(Generic[Place]):
         self._forks[place] = rollout.fork()
         others = [held for held in self._forks if held != self._start]
         self.drop(others[: max(0, len(others) - self._most)])
-        release_free_memory()
+        if HEAP is not None:
+            HEAP.look()
 
     def fork(self, place: Place) -> WanRollout:
         """A rollout of its own that goes on from there. `KeyError` if it is not held."""
@@ -49,10 +48,3 @@ class Snapshots(Generic[Place]):
         """Hold these no more, as far as they are."""
         for place in places:
             self._forks.pop(place, None)
-
-
-def release_free_memory() -> None:
-    """Give what glibc holds free between snapshots back to the system: it grows by ten times their size otherwise."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,48 @@
+"""When the process gives free memory back."""
+
+import platform
+
+import pytest
+
+from wan_autoregressive.pipelines.heap import HEAP, HeapWatch
+
+
+def test_memory_is_given_back_where_the_process_has_grown_and_only_then():
+    resident, given_back = [1000], []
+
+    def give_back():
+        given_back.append(resident[0])
+        resident[0] = 600
+
+    watch = HeapWatch(lambda: resident[0], give_back)
+    for grown in (1000, 1100, 1250):
+        resident[0] = grown
+        watch.look()
+    assert given_back == []
+    resident[0] = 1251
+    watch.look()
+    assert given_back == [1251]
+    resident[0] = 900  # what the next step took again
+    watch.look()
+    for grown in (1000, 1125):
+        resident[0] = grown
+        watch.look()
+    assert given_back == [1251]
+    resident[0] = 1126
+    watch.look()
+    assert given_back == [1251, 1126]
+
+
+def test_a_smaller_process_is_the_new_measure():
+    resident, given_back = [1000], []
+    watch = HeapWatch(lambda: resident[0], lambda: given_back.append(resident[0]))
+    for now in (1000, 500, 650):  # sessions ended: 650 is much again
+        resident[0] = now
+        watch.look()
+    assert given_back == [650]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries hold nothing back")
+def test_this_process_can_be_looked_at():
+    assert HEAP is not None
+    HEAP.look()
