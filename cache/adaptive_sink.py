@@ -20,9 +20,9 @@ class AdaptiveSink:
     """For caches that are written frame by frame.
 
     Args:
-        threshold (`float`): Mean of both cosines, -1 to 1, below which a sink frame is given up.
-        sink_frames, window_frames (`int`): Of the cache.
-        frame_size (`int`): Tokens of a frame.
+        threshold: Mean of both cosines, -1 to 1, below which a sink frame is given up.
+        sink_frames, window_frames: Of the cache.
+        frame_size: Tokens of a frame.
     """
 
     threshold: float
@@ -38,7 +38,7 @@ class AdaptiveSink:
         Args:
             cached: Keys and values as they are kept.
             frame: Those of the new frame, `(batch, frame_size, heads, head_dim)`.
-            held_frames (`int`): Sink frames that are there; the others are like nothing, 0.
+            held_frames: Sink frames that are there; the others are like nothing, 0.
         """
         held, cosines = held_frames, []
         for buffer, new in zip(cached, frame, strict=True):
@@ -54,8 +54,8 @@ class SinkQueue:
     works on a copy, which `commit` takes over: one that failed changes nothing.
 
     Args:
-        rows (`int`): Of the batch.
-        most (`int`): Forwards at most before the window is full; each may give up a frame.
+        rows: Of the batch.
+        most: Forwards at most before the window is full; each may give up a frame.
     """
 
     def __init__(self, sink: AdaptiveSink, rows: int, most: int, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class SinkQueue:
 
         Args:
             state: Of these rows, see `begin`.
-            similarity (`torch.Tensor` of shape `(rows, sink_frames)`): Of the sink frames and the new one.
+            similarity: `(rows, sink_frames)`. Of the sink frames and the new one.
         """
         given_up, count, following = state[:, 2:], state[:, :1], state[:, 1:2]
         lowest, frame = similarity.min(dim=1, keepdim=True)

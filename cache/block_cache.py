@@ -31,8 +31,8 @@ class WanKVBlockCache:
     It has no `.to`: accelerate's hooks would call it and move the past.
 
     Args:
-        slots ([`StaticBuffers`], *optional*): For a chunk's slot numbers; blocks that are written alike share it.
-        bank ([`MemoryBank`], *optional*): Frames that every write sees beside what is held.
+        slots: For a chunk's slot numbers; blocks that are written alike share it.
+        bank: Frames that every write sees beside what is held.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class WanKVBlockCache:
 
         Args:
             like: Of any length, `(batch, tokens, heads, head_dim)`, for the layout of an empty cache.
-            slots ([`OpenSlots`], *optional*): What `open` of a block with the same plan returned.
+            slots: What `open` of a block with the same plan returned.
 
         Raises:
             RuntimeError: no plan was made.
@@ -108,8 +108,8 @@ class WanKVBlockCache:
         """Write a chunk into its planned slots and return what it attends to.
 
         Args:
-            key, value (`torch.Tensor` of shape `(batch, chunk_tokens, heads, head_dim)`): The chunk, key after
-                normalisation and rotary embedding.
+            key, value: `(batch, chunk_tokens, heads, head_dim)`. The chunk, key after normalisation and rotary
+                embedding.
 
         Returns:
             Views of the buffers, `(batch, valid_tokens, heads, head_dim)`, newest chunk included. Tokens are in slot

@@ -15,7 +15,7 @@ def quantize(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     copy of the window; numbers are rounded against the scale as it is kept, so its own rounding costs nothing.
 
     Args:
-        tokens (`torch.Tensor` of shape `(batch, tokens, heads, head_dim)`): float32, bfloat16 or float16.
+        tokens: `(batch, tokens, heads, head_dim)`. float32, bfloat16 or float16.
 
     Returns:
         int8 values shaped as `tokens`, and scales `(batch, tokens, heads, 1)` in the dtype of `tokens`.

@@ -38,26 +38,25 @@ class WanKVCache:
     frame makes eviction frame-exact.
 
     Args:
-        num_blocks (`int`): Transformer blocks.
-        window_size (`int`, defaults to -1): Tokens held per block at most, sink and newest chunk included; -1 keeps
-            the whole prefix.
-        sink_size (`int`, defaults to 0): First tokens of the video that are never evicted (LongLive's frame sink).
-        max_tokens (`int`, *optional*): Without a window, the tokens to allocate at once if the length of the video
-            is known; otherwise buffers double when full. With a window it must not be given.
-        position_mode (`str`, defaults to `"absolute"`): What the position of a cached frame is. Until the first
-            eviction all modes are the same; afterwards the two relative ones give the same attention, without end.
-            `absolute`: its number in the video, up to the end of the rotary table. `relative`: its place in the
-            window; keys are kept without rotary embedding and rotated at every use (Infinity-RoPE, Reward-Forcing).
-            `sink_relative`: as absolute, but the sink is moved up to the window, once per chunk, and all positions
-            start again from the beginning of the table when they reach its end; nearly free.
-        sink_update ([`SinkUpdate`], *optional*): How the sink takes up what is evicted, e.g. a
-            [`MovingAverageSink`]. Needs `position_mode="relative"`, since averages of rotated keys mean nothing.
-        kv_dtype (`str`, *optional*): `"int8"` keeps keys and values as int8 with a scale per token and head, instead
-            of in the dtype of the model.
-        bank_frames (`int`, defaults to 0): Frames at most in the memory bank of every block, which all forwards see
-            beside what is held, see [`MemoryBank`]. Needs `position_mode="absolute"`, under which a key keeps the
-            position that it was written with.
-        bank_frame_size (`int`, defaults to 0): Tokens of one of them.
+        num_blocks: Transformer blocks.
+        window_size: Tokens held per block at most, sink and newest chunk included; -1 keeps the whole prefix.
+        sink_size: First tokens of the video that are never evicted (LongLive's frame sink).
+        max_tokens: Without a window, the tokens to allocate at once if the length of the video is known; otherwise
+            buffers double when full. With a window it must not be given.
+        position_mode: What the position of a cached frame is. Until the first eviction all modes are the same;
+            afterwards the two relative ones give the same attention, without end. `absolute`: its number in the video,
+            up to the end of the rotary table. `relative`: its place in the window; keys are kept without rotary
+            embedding and rotated at every use (Infinity-RoPE, Reward-Forcing). `sink_relative`: as absolute, but the
+            sink is moved up to the window, once per chunk, and all positions start again from the beginning of the
+            table when they reach its end; nearly free.
+        sink_update: How the sink takes up what is evicted, e.g. a [`MovingAverageSink`]. Needs
+            `position_mode="relative"`, since averages of rotated keys mean nothing.
+        kv_dtype: `"int8"` keeps keys and values as int8 with a scale per token and head, instead of in the dtype of
+            the model.
+        bank_frames: Frames at most in the memory bank of every block, which all forwards see beside what is held, see
+            [`MemoryBank`]. Needs `position_mode="absolute"`, under which a key keeps the position that it was written
+            with.
+        bank_frame_size: Tokens of one of them.
 
     With int8 the peak is `2 * batch * window * heads * (head_dim + itemsize)` bytes for every block, its values and
     scales (`itemsize` of the model's dtype), and `2 * batch * window * heads * head_dim * itemsize` for the one block
@@ -157,9 +156,8 @@ class WanKVCache:
         """Merge the current chunk of one block and return the keys and values to attend over.
 
         Args:
-            block_idx (`int`): The block, 0 to `num_blocks - 1`.
-            key, value (`torch.Tensor` of shape `(batch, chunk_tokens, heads, head_dim)`): Key after normalisation and
-                rotary embedding.
+            block_idx: The block, 0 to `num_blocks - 1`.
+            key, value: `(batch, chunk_tokens, heads, head_dim)`. Key after normalisation and rotary embedding.
 
         Returns:
             `(batch, valid_tokens, heads, head_dim)`, views into the buffers that are valid until the next update; with
@@ -185,11 +183,11 @@ class WanKVCache:
         """Plan the write of a chunk in every block; the blocks then call `write`. Forgets nothing that is held.
 
         Args:
-            like (`torch.Tensor`, *optional*): Of any length, `(batch, tokens, heads, head_dim)`, as keys will be. With
-                it the blocks make room now, so that `write` does nothing but write.
-            keep (`int`, *optional*): Tokens of the chunk, from the first on, that are held afterwards; all by default.
-                With 0 the cache is left as it is.
-            view ([`PastView`], *optional*): What the chunk sees of the past; all that is held by default.
+            like: Of any length, `(batch, tokens, heads, head_dim)`, as keys will be. With it the blocks make room now,
+                so that `write` does nothing but write.
+            keep: Tokens of the chunk, from the first on, that are held afterwards; all by default. With 0 the cache is
+                left as it is.
+            view: What the chunk sees of the past; all that is held by default.
         """
         for block in self.block_caches:
             block.plan(num_tokens, self._mode, keep, view)
@@ -217,9 +215,9 @@ class WanKVCache:
         """After `begin_forward`: rotary positions of the chunk, having moved the keys that have to move for them.
 
         Args:
-            start_frame, num_frames (`int`): The chunk, in frames of the video.
-            max_positions (`int`): Rows of the rotary table.
-            rotation (`Callable`): cos and sin of a rotation by some frames, negative ones too.
+            start_frame, num_frames: The chunk, in frames of the video.
+            max_positions: Rows of the rotary table.
+            rotation: cos and sin of a rotation by some frames, negative ones too.
 
         Raises:
             ValueError: relative positions with a window, sink or chunk that is not a whole number of frames.
@@ -381,7 +379,7 @@ class WanKVCache:
         """Bytes that the buffers will take, before anything is allocated; with the copy of a sink that is moved.
 
         Args:
-            num_tokens (`int`, *optional*): Tokens of the whole video, needed without window and `max_tokens`.
+            num_tokens: Tokens of the whole video, needed without window and `max_tokens`.
         """
         capacity = self.window_size if self.window_size != -1 else self.max_tokens or num_tokens
         if capacity is None:

@@ -127,8 +127,8 @@ class LaneCaches:
     A chunk that starts where the newest one of its lane does overwrites it; otherwise it is appended.
 
     Args:
-        first ([`WanKVCache`]): Lane 0. Later ones start as copies of it, in memory that they share with it.
-        sink ([`AdaptiveSink`], *optional*): How a frame in the sink makes room for a new one.
+        first: Lane 0. Later ones start as copies of it, in memory that they share with it.
+        sink: How a frame in the sink makes room for a new one.
     """
 
     def __init__(self, first: WanKVCache, sink: AdaptiveSink | None = None) -> None:

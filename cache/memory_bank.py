@@ -19,8 +19,8 @@ class MemoryBank:
     never moves.
 
     Args:
-        num_frames (`int`): 0 is no bank at all.
-        frame_size (`int`): Tokens of a frame.
+        num_frames: 0 is no bank at all.
+        frame_size: Tokens of a frame.
     """
 
     def __init__(self, num_frames: int = 0, frame_size: int = 0) -> None:
@@ -58,12 +58,12 @@ class MemoryBank:
         """Let the proposed frame in.
 
         Args:
-            length (`int`): Frames that the bank is to hold then, if it can: the proposed one in the last place, and
-                what is there already before it. If it cannot, only the `num_frames - 1` that have most to do with the
-                prompt stay, best first, and the proposed one comes behind them.
-            text_key (`torch.Tensor` of shape `(batch, text_tokens, heads, head_dim)`, *optional*): The prompt's
-                keys in this block's cross-attention, for a bank that is full.
-            total (`Callable`, *optional*): Of scores `(batch, frames)` over all heads, where others have some of them.
+            length: Frames that the bank is to hold then, if it can: the proposed one in the last place, and what is
+                there already before it. If it cannot, only the `num_frames - 1` that have most to do with the prompt
+                stay, best first, and the proposed one comes behind them.
+            text_key: `(batch, text_tokens, heads, head_dim)`. The prompt's keys in this block's cross-attention, for a
+                bank that is full.
+            total: Of scores `(batch, frames)` over all heads, where others have some of them.
         """
         key, value = self._needed_frames()
         if length > self.num_frames:
@@ -129,8 +129,8 @@ def relevance(text_key: torch.Tensor, frame_keys: torch.Tensor) -> torch.Tensor:
     frames)`, float32.
 
     Args:
-        text_key (`torch.Tensor` of shape `(batch, text_tokens, heads, head_dim)`)
-        frame_keys (`torch.Tensor` of shape `(batch, frames, frame_size, heads, head_dim)`)
+        text_key: `(batch, text_tokens, heads, head_dim)`
+        frame_keys: `(batch, frames, frame_size, heads, head_dim)`
     """
     text, frames = text_key.float().mean(dim=1), frame_keys.float().mean(dim=2)
     return torch.einsum("bhd,bfhd->bf", text, frames)

@@ -18,7 +18,7 @@ def apply_rotary_emb(
     """`rotate_pairs` in a single pass over memory for float32; the last bit may be rounded differently.
 
     Args:
-        in_place (`bool`, defaults to `False`): `hidden_states` is the caller's to overwrite, where that saves memory.
+        in_place: `hidden_states` is the caller's to overwrite, where that saves memory.
     """
     if hidden_states.dtype != torch.float32:
         return rotate_pairs(hidden_states, cos, sin)

@@ -24,7 +24,7 @@ class MovingAverageSink:
     the evicted frames are folded into the sink one after the other, starting at its first frame each time.
 
     Args:
-        decay (`float`, defaults to 0.999): Share of the old sink, 0 to 1.
+        decay: Share of the old sink, 0 to 1.
     """
 
     decay: float = 0.999

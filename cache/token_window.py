@@ -68,8 +68,8 @@ class TokenWindow:
     the keys. Planning changes nothing; `commit` does, so an update that failed can be tried again.
 
     Args:
-        window_size (`int`): Tokens held at most, sink and newest chunk included; -1 keeps everything.
-        sink_size (`int`): The first tokens of the video, which stay. Needs a finite window.
+        window_size: Tokens held at most, sink and newest chunk included; -1 keeps everything.
+        sink_size: The first tokens of the video, which stay. Needs a finite window.
 
     Raises:
         ValueError: sizes that cannot work together, at construction or for a chunk.

@@ -14,8 +14,8 @@ class Registry:
     """The implementations of one seam by name.
 
     Args:
-        setting (`str`): The setting that names one, for messages.
-        builtin (`Mapping[str, str]`): Name to `module:class`.
+        setting: The setting that names one, for messages.
+        builtin: Name to `module:class`.
     """
 
     def __init__(self, setting: str, builtin: Mapping[str, str]) -> None:

@@ -17,8 +17,8 @@ class CausalWanRotaryPosEmbed(WanRotaryPosEmbed):
         first has -sin, which upstream does not look at.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): For its shape.
-            frame_offset (`int`): Position of the first frame, counted after patching.
+            hidden_states: `(batch, channels, frames, height, width)`. For its shape.
+            frame_offset: Position of the first frame, counted after patching.
 
         Raises:
             ValueError: a position outside the table (`rope_max_seq_len` of the config).

@@ -103,19 +103,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Predict the flow of one chunk.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Noisy latents, and
-                behind them those of a condition where the model has more input than output channels.
-            timestep (`torch.Tensor`): `(batch,)`, or `(batch, n)` with n = 1, one per frame, or one per token
-                (counted after patching).
-            encoder_hidden_states (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`): Prompt embeddings. Zero
-                padding is attended to, as in Wan.
-            encoder_hidden_states_image (`torch.Tensor` of shape `(batch, image_tokens, image_dim)`, *optional*): Of
-                the image, for a model that attends to one. Without a plan there must be 512 text tokens, as upstream.
-            attention_kwargs (`dict`, *optional*): `kv_cache` is the [`WanKVCache`] to attend through and to write,
-                in its current mode; `plan` a [`ForwardPlan`] that [`plan_forward`] made for that cache; `scale` the
-                LoRA scale.
-            frame_offset (`int`, defaults to 0): Position of the chunk's first frame in the video, in latent frames
-                after patching. A cache with relative positions makes its own, and a plan has it.
+            hidden_states: `(batch, channels, frames, height, width)`. Noisy latents, and behind them those of a
+                condition where the model has more input than output channels.
+            timestep: `(batch,)`, or `(batch, n)` with n = 1, one per frame, or one per token (counted after patching).
+            encoder_hidden_states: `(batch, text_tokens, text_dim)`. Prompt embeddings. Zero padding is attended to, as
+                in Wan.
+            encoder_hidden_states_image: `(batch, image_tokens, image_dim)`. Of the image, for a model that attends to
+                one. Without a plan there must be 512 text tokens, as upstream.
+            attention_kwargs: `kv_cache` is the [`WanKVCache`] to attend through and to write, in its current mode;
+                `plan` a [`ForwardPlan`] that [`plan_forward`] made for that cache; `scale` the LoRA scale.
+            frame_offset: Position of the chunk's first frame in the video, in latent frames after patching. A cache
+                with relative positions makes its own, and a plan has it.
 
         Returns:
             [`~models.modeling_outputs.Transformer2DModelOutput`] or a tuple with the flow, shaped as `hidden_states`;
@@ -213,12 +211,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         Args:
             hidden_states: The forward's, for its shape and device.
             kv_cache, frame_offset: Of [`LaneCaches`] one offset for each lane that is used.
-            keys_values_only (`bool`): End with the last block's keys and values in the cache; there is no flow then.
-            memory ([`ConditionMemory`], *optional*): Of the video, with `timestep` (one for the whole chunk, or a
-                tuple with one per frame) and the encoder's hidden states as they will be passed to the forward.
-            keep_frames (`int`, *optional*): Frames of the chunk, from the first on, that the cache holds afterwards;
-                all by default. With 0 the cache is left as it is.
-            view ([`PastFrames`], *optional*): What the chunk sees of the past; all that is held by default.
+            keys_values_only: End with the last block's keys and values in the cache; there is no flow then.
+            memory: Of the video, with `timestep` (one for the whole chunk, or a tuple with one per frame) and the
+                encoder's hidden states as they will be passed to the forward.
+            keep_frames: Frames of the chunk, from the first on, that the cache holds afterwards; all by default. With
+                0 the cache is left as it is.
+            view: What the chunk sees of the past; all that is held by default.
 
         Raises:
             ValueError: a position past the rotary table, a chunk that the cache refuses, a cache of another model or
@@ -282,7 +280,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         """Bytes that keys and values of `num_tokens` tokens take over all blocks, of several ranks on this one.
 
         Args:
-            kv_cache ([`WanKVCache`], *optional*): Those that this cache will take; one with a window holds that.
+            kv_cache: Those that this cache will take; one with a window holds that.
         """
         kv_cache = kv_cache or WanKVCache(num_blocks=self.config.num_layers)
         heads = self.config.num_attention_heads if self.parallel is None else self.parallel.own_heads

@@ -34,7 +34,7 @@ class BlockTextConditions:
     It has no `.to`: accelerate's hooks would call it and work on a copy.
 
     Args:
-        key, value (`torch.Tensor` of shape `(batch, text_tokens, heads, head_dim)`): Memory for them.
+        key, value: `(batch, text_tokens, heads, head_dim)`. Memory for them.
         image: Those of an image that is attended to beside the text; the same under every prompt.
     """
 
@@ -79,7 +79,7 @@ class ConditionMemory:
     What a forward reads is in the same memory from one forward to the next, whatever was computed anew in between.
 
     Args:
-        num_prompts (`int`, defaults to 1): Prompts in use at the same time: 2 with guidance. Older ones are dropped.
+        num_prompts: Prompts in use at the same time: 2 with guidance. Older ones are dropped.
     """
 
     def __init__(self, num_prompts: int = 1) -> None:

@@ -24,7 +24,7 @@ class SequenceParallel:
 
     Args:
         group: Every rank of it makes the same forwards with the same inputs.
-        num_heads (`int`): Of the model. Where they do not divide, the first ranks have one more.
+        num_heads: Of the model. Where they do not divide, the first ranks have one more.
 
     Raises:
         ValueError: this process is not in the group, or there are fewer heads than ranks.

@@ -23,7 +23,7 @@ def split_weights(
 
     Args:
         transformer: With the same whole weights on all ranks.
-        device_type (`str`, *optional*): Where the shares go, `cuda` say, if the weights are not there yet.
+        device_type: Where the shares go, `cuda` say, if the weights are not there yet.
     """
     mesh = DeviceMesh.from_group(group, device_type or transformer.device.type)
     for block in transformer.blocks:

@@ -171,7 +171,7 @@ class WanComponents:
         """Schedulers of one rollout's own; the component is never changed.
 
         Args:
-            scheduler_config (`dict`, *optional*): Of a scheduler to use in the place of the component.
+            scheduler_config: Of a scheduler to use in the place of the component.
 
         Raises:
             ValueError: steps that the solver or two transformers cannot take.

@@ -29,10 +29,10 @@ class Denoiser:
     """The transformer of one video, or its two experts, under its prompt.
 
     Args:
-        total_frames (`int`, *optional*): Latent frames of the video, if it has an end.
+        total_frames: Latent frames of the video, if it has an end.
         prompt, negative_prompt_embeds: The negative one `(batch, text_tokens, text_dim)` is used with guidance.
-        attention_kwargs (`dict`, *optional*): Passed to the transformer; `scale` is the LoRA scale.
-        image ([`ImageCondition`], *optional*): What the transformers are conditioned on beside the prompt.
+        attention_kwargs: Passed to the transformer; `scale` is the LoRA scale.
+        image: What the transformers are conditioned on beside the prompt.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Denoiser:
         """Write keys and values of finished latents to the caches of all experts.
 
         Args:
-            skip_prompt (`bool`): Leave out the prompt's cache, which is about to be rewritten.
+            skip_prompt: Leave out the prompt's cache, which is about to be rewritten.
         """
         for expert in self._all_in_turn():
             for branch, embeds in enumerate(self._embeds):
@@ -136,7 +136,7 @@ class Denoiser:
         For a single expert. From then on only `predict_lanes` runs forwards.
 
         Args:
-            sink_threshold (`float`, *optional*): See [`AdaptiveSink`]; needs a window.
+            sink_threshold: See [`AdaptiveSink`]; needs a window.
         """
         sink, size = None, self._tokens_per_frame
         if sink_threshold is not None:

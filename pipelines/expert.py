@@ -68,9 +68,9 @@ class Expert:
         """One forward through the cache of a branch, which is appended to or overwritten.
 
         Args:
-            latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Of the window's frames.
-            embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`): Of the branch's prompt.
-            context_only (`bool`): Only leave keys and values in the cache: no last attention, feed-forward and head.
+            latents: `(batch, channels, frames, height, width)`. Of the window's frames.
+            embeds: `(batch, text_tokens, text_dim)`. Of the branch's prompt.
+            context_only: Only leave keys and values in the cache: no last attention, feed-forward and head.
 
         Returns:
             The flow, shaped as `latents`; `None` with `context_only`.
@@ -99,7 +99,7 @@ class Expert:
         """One forward through some lanes of a branch, which must see equally much.
 
         Args:
-            latents (`torch.Tensor` of shape `(lanes * batch, channels, frames, height, width)`): Lane after lane.
+            latents: `(lanes * batch, channels, frames, height, width)`. Lane after lane.
             windows: One for each lane, of as many frames and with one timestep.
 
         Returns:

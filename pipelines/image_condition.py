@@ -51,7 +51,7 @@ def encode_image_condition(
 
     Args:
         image: One image (PIL, array or tensor); resized to `height` x `width` for the VAE, as it is for the encoder.
-        total_frames (`int`, *optional*): Latent frames of the video, if it has an end.
+        total_frames: Latent frames of the video, if it has an end.
     """
     codec, geometry = components.codec, components.geometry
     assert codec is not None

@@ -13,8 +13,8 @@ class NoiseSource:
 
     Args:
         shape: Batch, channels, height and width of the video's latents.
-        generator (`torch.Generator` or a list with one per video, *optional*): `None` draws from torch's global state.
-        initial (`torch.Tensor`, *optional*): Initial noise of all generated frames, instead of drawing it.
+        generator: `None` draws from torch's global state.
+        initial: Initial noise of all generated frames, instead of drawing it.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class NoiseSource:
         """What generated frames start from.
 
         Args:
-            first_frame (`int`): Frames of generated chunks before it; chunks of given ones do not count.
+            first_frame: Frames of generated chunks before it; chunks of given ones do not count.
         """
         if self._initial is not None:
             return self._initial[:, :, first_frame : first_frame + num_frames]
@@ -43,8 +43,8 @@ class NoiseSource:
         """Fresh noise.
 
         Args:
-            frames_first (`bool`): Draw it as `(batch, frames, channels, height, width)`, as original implementations
-                do: other noise from the same seed.
+            frames_first: Draw it as `(batch, frames, channels, height, width)`, as original implementations do: other
+                noise from the same seed.
         """
         batch, channels, height, width = self._shape
         if frames_first:

@@ -16,13 +16,13 @@ class WanVideoChunk:
         frames: Pixel frames: `(batch, frames, height, width, 3)` in [0, 1] for `np`, `(batch, frames, 3, height,
             width)` for `pt`, a list of lists of images for `pil`, `None` for `latent`. One frame for the video's
             first latent frame, `scale_factor_temporal` for every later one.
-        latents (`torch.Tensor` of shape `(batch, channels, latent_frames, height, width)`): Clean, normalised.
-        index (`int`): Counts chunks from 0, given ones included.
-        start_frame (`int`): First latent frame of the chunk.
-        start_pixel_frame (`int`): First pixel frame of the chunk.
-        given (`bool`): Whether the caller gave these frames.
-        prompt (`list[str]`, *optional*): The prompts it was made with, `None` if only embeddings are known.
-        timings (`StageTimings`): Seconds of each stage.
+        latents: `(batch, channels, latent_frames, height, width)`. Clean, normalised.
+        index: Counts chunks from 0, given ones included.
+        start_frame: First latent frame of the chunk.
+        start_pixel_frame: First pixel frame of the chunk.
+        given: Whether the caller gave these frames.
+        prompt: The prompts it was made with, `None` if only embeddings are known.
+        timings: Seconds of each stage.
         preview: The same frames by the preview VAE, in the form of `frames` (`np` for `latent`); `None` without one.
     """
 

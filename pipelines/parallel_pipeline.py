@@ -34,10 +34,10 @@ def parallel_rollouts(
     theirs, until rank 0 leaves its own.
 
     Args:
-        decode_on_last (`bool`): The last rank only decodes what rank 0 asks for, and takes no part in forwards. With
+        decode_on_last: The last rank only decodes what rank 0 asks for, and takes no part in forwards. With
             `decode_alongside` it decodes a chunk while the others denoise the next one.
-        timeout_s (`float`): Seconds after which a rank that is waited for counts as gone. A first chunk that is
-            compiled may need more.
+        timeout_s: Seconds after which a rank that is waited for counts as gone. A first chunk that is compiled may
+            need more.
 
     Raises:
         ValueError: fewer heads than ranks, no second rank to decode, or VAEs that differ.

@@ -83,17 +83,14 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
     The pipeline holds components and nothing of a video; that is in a [`WanRollout`].
 
     Args:
-        tokenizer ([`T5Tokenizer`]), text_encoder ([`UMT5EncoderModel`]): As in `WanPipeline`. May be `None` if only
-            embeddings are passed.
-        transformer ([`CausalWanTransformer3DModel`]): A plain `WanTransformer3DModel` is turned into one in place.
-        vae ([`AutoencoderKLWan`]): May be `None` if only latents are asked for.
-        scheduler ([`SelfForcingScheduler`]): Another scheduler is replaced by one with its flow shift.
-        transformer_2 ([`CausalWanTransformer3DModel`], *optional*): Wan2.2-A14B's second expert, for the steps below
-            the boundary, with caches of its own; `transformer` then makes those above.
-        boundary_ratio (`float`, *optional*): Where the two meet, as a share of the training timesteps; that of the
-            folder.
-        image_encoder ([`CLIPVisionModel`], *optional*), image_processor ([`CLIPImageProcessor`], *optional*): For a
-            transformer that attends to an image (Wan2.1-I2V).
+        tokenizer, text_encoder: As in `WanPipeline`. May be `None` if only embeddings are passed.
+        transformer: A plain `WanTransformer3DModel` is turned into one in place.
+        vae: May be `None` if only latents are asked for.
+        scheduler: Another scheduler is replaced by one with its flow shift.
+        transformer_2: Wan2.2-A14B's second expert, for the steps below the boundary, with caches of its own;
+            `transformer` then makes those above.
+        boundary_ratio: Where the two meet, as a share of the training timesteps; that of the folder.
+        image_encoder, image_processor: For a transformer that attends to an image (Wan2.1-I2V).
 
     Raises:
         ValueError: a boundary without a second transformer or the other way round, or one of another size.
@@ -186,34 +183,29 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Generate a whole video. The same frames as [`stream`], joined.
 
         Args:
-            prompt (`str` or `list[str]`): What to show; a list makes one video for each.
-            negative_prompt (`str` or `list[str]`, *optional*): What to avoid; used with `guidance_scale` above 1.
-            height, width (`int`, *optional*): Pixels; 480 x 832 by default, or the size of `latents` or
-                `video_latents`. Multiples of the VAE's and the patch's sizes together (16).
-            num_frames (`int`, *optional*): Pixel frames, any count; 81 by default, or as many as `latents` gives.
-                The last chunk takes the remainder and surplus frames are cut.
-            num_inference_steps (`int`, *optional*): Evenly spaced denoising steps per chunk instead of the
-                scheduler's list.
-            guidance_scale (`float`, defaults to 1.0): Above 1, classifier-free guidance with a second cache. Distilled
-                models are made for 1.
-            num_videos_per_prompt (`int`, defaults to 1): Videos per prompt.
-            generator (`torch.Generator` or a list with one per video, *optional*): Noise and re-noise are drawn chunk
-                by chunk, step by step, as (batch, channels, frames, height, width).
-            latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Initial noise of
-                the chunks to generate.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`,
-                *optional*): Instead of text.
-            output_type (`str`, defaults to `"np"`): `np`, `pil`, `pt` or `latent`.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`WanPipelineOutput`] or a tuple.
-            attention_kwargs (`dict`, *optional*): Passed to the transformer; `scale` is the LoRA scale.
-            callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, tensors)` after every
-                denoising step, counted over all chunks. `latents` is the whole video, frames to come being zero.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): Of `latents` (default), `prompt_embeds`,
-                `negative_prompt_embeds`.
-            max_sequence_length (`int`, defaults to 512): Text tokens, padding included.
-            decode_alongside (`bool`, defaults to `False`): Decode a chunk while the next one is denoised, see
-                [`WanRollout.chunks`]. Without effect where nothing is decoded chunk by chunk: for latents, and with
-                `callback_on_step_end`. Not with offloaded models.
+            prompt: What to show; a list makes one video for each.
+            negative_prompt: What to avoid; used with `guidance_scale` above 1.
+            height, width: Pixels; 480 x 832 by default, or the size of `latents` or `video_latents`. Multiples of the
+                VAE's and the patch's sizes together (16).
+            num_frames: Pixel frames, any count; 81 by default, or as many as `latents` gives. The last chunk takes the
+                remainder and surplus frames are cut.
+            num_inference_steps: Evenly spaced denoising steps per chunk instead of the scheduler's list.
+            guidance_scale: Above 1, classifier-free guidance with a second cache. Distilled models are made for 1.
+            num_videos_per_prompt: Videos per prompt.
+            generator: Noise and re-noise are drawn chunk by chunk, step by step, as (batch, channels, frames, height,
+                width).
+            latents: `(batch, channels, frames, height, width)`. Initial noise of the chunks to generate.
+            prompt_embeds, negative_prompt_embeds: `(batch, text_tokens, text_dim)`. Instead of text.
+            output_type: `np`, `pil`, `pt` or `latent`.
+            return_dict: Whether to return a [`WanPipelineOutput`] or a tuple.
+            attention_kwargs: Passed to the transformer; `scale` is the LoRA scale.
+            callback_on_step_end: Called as `f(pipe, step, timestep, tensors)` after every denoising step, counted over
+                all chunks. `latents` is the whole video, frames to come being zero.
+            callback_on_step_end_tensor_inputs: Of `latents` (default), `prompt_embeds`, `negative_prompt_embeds`.
+            max_sequence_length: Text tokens, padding included.
+            decode_alongside: Decode a chunk while the next one is denoised, see [`WanRollout.chunks`]. Without effect
+                where nothing is decoded chunk by chunk: for latents, and with `callback_on_step_end`. Not with
+                offloaded models.
             rollout_kwargs: Chunks, window, sink, given frames and prompt changes, see [`rollout`].
 
         Examples:
@@ -329,15 +321,15 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 or a batch of such. Frames past a multiple of 4 plus 1 are dropped. With `strength` it is not given but
                 the source, frame by frame (any iterable, a camera too): every chunk starts from the noised encoding of
                 the matching source chunk, and the video ends with the source.
-            video_latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`, *optional*): Given
-                latents, normalised. Given frames come first in the video and count in `num_frames`.
-            prompt_schedule (`dict[int, str | list[str] | torch.Tensor]`, *optional*): Prompts or embeddings by the
-                latent frame from which they hold; taken over at the next chunk boundary.
-            on_step_end (`Callable`, *optional*): Called as `f(rollout, chunk, step, timestep, latents)` after every
-                denoising step, `step` counting over all chunks; returns the latents to go on with.
-            preview_vae ([`AutoencoderTinyWan`], *optional*): A second VAE that decodes every chunk first, for a live
-                view beside frames of full quality: `chunk.preview`, and [`WanRollout.on_preview`] before the full VAE
-                begins. With `output_type="latent"` it is the only one.
+            video_latents: `(batch, channels, frames, height, width)`. Given latents, normalised. Given frames come
+                first in the video and count in `num_frames`.
+            prompt_schedule: Prompts or embeddings by the latent frame from which they hold; taken over at the next
+                chunk boundary.
+            on_step_end: Called as `f(rollout, chunk, step, timestep, latents)` after every denoising step, `step`
+                counting over all chunks; returns the latents to go on with.
+            preview_vae: A second VAE that decodes every chunk first, for a live view beside frames of full quality:
+                `chunk.preview`, and [`WanRollout.on_preview`] before the full VAE begins. With `output_type="latent"`
+                it is the only one.
             settings: The fields of a [`RolloutConfig`]: chunks, window, sink, steps, positions, prompt changes.
 
         Returns:
@@ -431,11 +423,10 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Args:
             folder: Where it was saved. It is only read.
-            generator_device (`torch.device`, *optional*): Where its generators shall live if not where they did; of
-                the same kind (another GPU, say). A video without generators goes on with torch's global state.
-            on_step_end (`Callable`, *optional*): As for [`rollout`], since a function cannot be saved.
-            preview_vae ([`AutoencoderTinyWan`], *optional*): As for [`rollout`], if the video has had one; it may be
-                left out.
+            generator_device: Where its generators shall live if not where they did; of the same kind (another GPU,
+                say). A video without generators goes on with torch's global state.
+            on_step_end: As for [`rollout`], since a function cannot be saved.
+            preview_vae: As for [`rollout`], if the video has had one; it may be left out.
 
         Raises:
             ValueError: nothing was saved there, it is damaged or of another format version, or this pipeline's models
@@ -447,8 +438,8 @@ class WanAutoregressivePipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """What a rollout with these settings will take, without running anything.
 
         Args:
-            given_frames (`int`, defaults to 0): Given latent frames.
-            batch_size (`int`, defaults to 1): Videos made together.
+            given_frames: Given latent frames.
+            batch_size: Videos made together.
             settings: The fields of a [`RolloutConfig`]; `height` and `width` are needed.
         """
         return estimate_rollout(self.wan_components(), RolloutConfig(**settings), given_frames, batch_size)

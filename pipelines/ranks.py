@@ -36,9 +36,8 @@ class Ranks:
     `together`. While rank 0 has none to give it is heard from all the same.
 
     Args:
-        talk (`ProcessGroup`): Of theirs, with the backend gloo and for nothing else. Every member makes this at the
-            same time.
-        timeout_s (`float`): The timeout of `talk`, after which a rank that is waited for counts as gone.
+        talk: Of theirs, with the backend gloo and for nothing else. Every member makes this at the same time.
+        timeout_s: The timeout of `talk`, after which a rank that is waited for counts as gone.
     """
 
     def __init__(self, talk: dist.ProcessGroup, timeout_s: float) -> None:

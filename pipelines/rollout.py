@@ -134,7 +134,7 @@ class WanRollout:
         """Make the next chunk.
 
         Args:
-            prompt (`str`, `list[str]` or `torch.Tensor`, *optional*): A new prompt (or embeddings) from this chunk on.
+            prompt: A new prompt (or embeddings) from this chunk on.
 
         Raises:
             RuntimeError: the video is complete, a step failed before, another thread uses the rollout, or an iterator
@@ -154,16 +154,15 @@ class WanRollout:
         """The chunks to come, each handed out as soon as it is decoded.
 
         Args:
-            decode_alongside (`bool`, defaults to `False`): Denoise the next chunk in a second thread while the
-                caller's thread decodes this one and while the caller has it: the same bits, with the memory of both at
-                once. The rollout is then up to one chunk ahead of what was handed out: a prompt set after chunk k
-                shows from chunk k + 2 on, `interrupt` lets one more chunk come, and `on_step_end`, `on_progress` and a
-                source are called in the other thread. `step`, `save`, `fork` and `reset` are refused until the
-                iterator has ended or was closed. One that is closed before its end stops after the denoising step
-                under way and leaves the video half-written; `stop` ends it whole. Without pixels to decode
-                (`output_type="latent"`) there is no second thread.
-            stop (`Callable`, *optional*): Asked before every chunk but the first is begun. Once it is true, what is
-                under way is still handed out, and the rollout is as after as many `step()`: it can go on and be saved.
+            decode_alongside: Denoise the next chunk in a second thread while the caller's thread decodes this one and
+                while the caller has it: the same bits, with the memory of both at once. The rollout is then up to one
+                chunk ahead of what was handed out: a prompt set after chunk k shows from chunk k + 2 on, `interrupt`
+                lets one more chunk come, and `on_step_end`, `on_progress` and a source are called in the other thread.
+                `step`, `save`, `fork` and `reset` are refused until the iterator has ended or was closed. One that is
+                closed before its end stops after the denoising step under way and leaves the video half-written;
+                `stop` ends it whole. Without pixels to decode (`output_type="latent"`) there is no second thread.
+            stop: Asked before every chunk but the first is begun. Once it is true, what is under way is still handed
+                out, and the rollout is as after as many `step()`: it can go on and be saved.
 
         Raises:
             ValueError: `decode_alongside` with models that are offloaded, which cannot run at the same time, or with a
@@ -255,7 +254,7 @@ class WanRollout:
         step once the new state is whole. `on_step_end` and `on_progress` are not saved.
 
         Args:
-            notes (`dict`, *optional*): JSON values of the caller's, kept with the state as one unit.
+            notes: JSON values of the caller's, kept with the state as one unit.
 
         Raises:
             RuntimeError: during a step, or after one that failed.

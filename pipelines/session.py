@@ -44,10 +44,10 @@ class RolloutSession:
     ```
 
     Args:
-        rollout ([`WanRollout`]): The session's own from now on.
-        max_ahead (`int`, defaults to 2): Chunks that may wait to be taken; then no more are made.
-        snapshots (`int`, defaults to 0): Chunk boundaries, the newest ones, that a seek or a fork can go back to,
-            beside the start of the video. Each holds a copy of the keys and values.
+        rollout: The session's own from now on.
+        max_ahead: Chunks that may wait to be taken; then no more are made.
+        snapshots: Chunk boundaries, the newest ones, that a seek or a fork can go back to, beside the start of the
+            video. Each holds a copy of the keys and values.
     """
 
     def __init__(self, rollout: WanRollout, max_ahead: int = 2, snapshots: int = 0) -> None:
@@ -106,8 +106,8 @@ class RolloutSession:
         can still be taken.
 
         Args:
-            at_once (`bool`): Stop after the denoising step under way and drop its chunk, instead of finishing it; the
-                rollout is of no use then, but for `reset`.
+            at_once: Stop after the denoising step under way and drop its chunk, instead of finishing it; the rollout
+                is of no use then, but for `reset`.
         """
         with self._changed:
             self._closed = True

@@ -12,7 +12,7 @@ class SharedSource(SourceVideo):
     """What rank 0 reads of a source, on every rank at the same time.
 
     Args:
-        source (`SourceVideo`, *optional*): On rank 0.
+        source: On rank 0.
     """
 
     def __init__(self, ranks: Ranks, device: torch.device, source: SourceVideo | None = None) -> None:

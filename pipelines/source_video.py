@@ -32,7 +32,7 @@ class SourceVideo:
     Args:
         frames: Frames one after the other, each an image or `(height, width, 3)`; an array or a list, or an iterator
             such as a camera, of which no more is taken than the next chunk needs.
-        batch_size (`int`): Videos made from it.
+        batch_size: Videos made from it.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SourceVideo:
         """The next latents, up to `num_frames`, with the pixels that they stand for.
 
         Args:
-            normalized (`bool`): Give latents on the transformer's scale instead of the VAE's.
+            normalized: Give latents on the transformer's scale instead of the VAE's.
 
         Raises:
             SourceEndedError: not even one latent frame is left.

@@ -20,8 +20,8 @@ class SelfForcingSchedulerOutput(BaseOutput):
     """What one step gives.
 
     Args:
-        prev_sample (`torch.Tensor`): Input of the next step; after the last step the finished sample.
-        pred_original_sample (`torch.Tensor`): The x0 that this step predicts.
+        prev_sample: Input of the next step; after the last step the finished sample.
+        pred_original_sample: The x0 that this step predicts.
     """
 
     prev_sample: torch.Tensor
@@ -39,12 +39,12 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
     numbers; it is not the base because it draws a noise tensor too many per chunk and counts steps itself.
 
     Args:
-        denoising_steps (`Sequence[float]`): Strictly descending, in [0, `num_train_timesteps`]. A step at 0 runs at
-            t = 0 with the smallest sigma of the table above 0, for models that are made for it (Krea Realtime).
-        shift (`float`, defaults to 5.0): Flow shift of the table.
-        warp (`bool`, defaults to `True`): Whether steps are indices into the table (whole numbers) or timesteps that
-            are used as they are, with the sigma of the nearest entry.
-        num_train_timesteps (`int`, defaults to 1000): Entries of the table.
+        denoising_steps: Strictly descending, in [0, `num_train_timesteps`]. A step at 0 runs at t = 0 with the
+            smallest sigma of the table above 0, for models that are made for it (Krea Realtime).
+        shift: Flow shift of the table.
+        warp: Whether steps are indices into the table (whole numbers) or timesteps that are used as they are, with the
+            sigma of the nearest entry.
+        num_train_timesteps: Entries of the table.
 
     Raises:
         ValueError: a list that is empty, does not descend or leaves the table; a shift of 0 or less.
@@ -85,10 +85,10 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         """Choose the steps of a chunk.
 
         Args:
-            num_inference_steps (`int`, *optional*): Evenly spaced steps, 4 gives 1000, 750, 500, 250. The list of the
-                config is used if it has as many.
-            device (`torch.device`, *optional*): Where `timesteps` shall be. `sigmas` stay on the CPU.
-            denoising_steps (`Sequence[float]`, *optional*): An own list instead.
+            num_inference_steps: Evenly spaced steps, 4 gives 1000, 750, 500, 250. The list of the config is used if it
+                has as many.
+            device: Where `timesteps` shall be. `sigmas` stay on the CPU.
+            denoising_steps: An own list instead.
         """
         if num_inference_steps is not None and denoising_steps is not None:
             raise ValueError(
@@ -129,11 +129,10 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
         """One denoising step: `x0 = sample - sigma * flow`, then noise for the next step unless it is the last.
 
         Args:
-            model_output (`torch.Tensor`): Predicted flow, shaped as `sample`.
-            timestep (`float` or 0-d `torch.Tensor`): One of `timesteps`. A tensor on a GPU costs a sync; a float
-                does not.
-            sample (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Current noisy latents.
-            generator (`torch.Generator` or a list with one per batch entry, *optional*): Source of the noise.
+            model_output: Predicted flow, shaped as `sample`.
+            timestep: One of `timesteps`. A tensor on a GPU costs a sync; a float does not.
+            sample: `(batch, channels, frames, height, width)`. Current noisy latents.
+            generator: Source of the noise.
 
         Returns:
             [`SelfForcingSchedulerOutput`], or `(prev_sample, pred_original_sample)` if not `return_dict`.
@@ -203,8 +202,7 @@ def draw_noise(
     """Diffusers' `randn_tensor` to the bit; that one waits for the GPU whenever the generator is on the CPU.
 
     Args:
-        generator (`torch.Generator` or a list with one per batch entry, *optional*): On `device` or on the CPU; `None`
-            draws from the global state of `device`.
+        generator: On `device` or on the CPU; `None` draws from the global state of `device`.
 
     Raises:
         ValueError: a generator on a GPU for noise on another device.

@@ -131,7 +131,7 @@ class Sampler:
         """Bring the caches up to date with the chunks that are done, before a prompt changes or a chunk begins.
 
         Args:
-            skip_prompt (`bool`): Leave out the prompt's cache, which is about to be rewritten.
+            skip_prompt: Leave out the prompt's cache, which is about to be rewritten.
         """
 
     def next_chunk(self, chunk: Chunk) -> torch.Tensor:

@@ -27,11 +27,11 @@ class MemoryBankSampler(ChunkwiseSampler):
     prompt of that next chunk.
 
     Args:
-        bank_interval (`int`, defaults to 3): Chunks after which the bank gets a place more, until it is full; within
-            them a candidate takes the place of the one before.
-        bank_candidates (`str`, defaults to `"every_chunk"`): Chunks that give a candidate. With `every_interval` it is
-            the first of every `bank_interval` chunks, and a full bank takes in the same candidate again before each
-            chunk, as the interactive pipeline of the original does.
+        bank_interval: Chunks after which the bank gets a place more, until it is full; within them a candidate takes
+            the place of the one before.
+        bank_candidates: Chunks that give a candidate. With `every_interval` it is the first of every `bank_interval`
+            chunks, and a full bank takes in the same candidate again before each chunk, as the interactive pipeline of
+            the original does.
     """
 
     fills_memory_bank = True

@@ -28,8 +28,8 @@ class NoisedSource:
     """Reads chunks ahead of the ones that are made.
 
     Args:
-        strength (`float`): Share of noise in a still picture.
-        normalized (`bool`): Whether latents are on the transformer's scale.
+        strength: Share of noise in a still picture.
+        normalized: Whether latents are on the transformer's scale.
     """
 
     def __init__(self, source: SourceVideo, strength: float, normalized: bool) -> None:

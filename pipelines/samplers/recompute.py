@@ -30,11 +30,11 @@ class RecomputeSampler(Sampler):
     to the first of them.
 
     Args:
-        context_frames (`int`, defaults to 3): Latent frames before the chunk that it sees, fewer at the start.
-        keep_first_frame (`bool`, defaults to `False`): The first context frame is the video's first latent for ever,
-            instead of one that is encoded again; no pixels are needed then.
-        context_prompt (`str`, defaults to `"old"`): Prompt of the context when the prompt changes: `old` makes it
-            under the one before, as the original does, `new` under the chunk's own.
+        context_frames: Latent frames before the chunk that it sees, fewer at the start.
+        keep_first_frame: The first context frame is the video's first latent for ever, instead of one that is encoded
+            again; no pixels are needed then.
+        context_prompt: Prompt of the context when the prompt changes: `old` makes it under the one before, as the
+            original does, `new` under the chunk's own.
     """
 
     counts_video_frames = False

@@ -42,11 +42,11 @@ class RollingSampler(ContextPassSampler):
     """Denoises as many chunks together as there are denoising steps.
 
     Args:
-        attended_frames (`int`, defaults to 21): Latent frames that any forward attends to at most, own ones included.
-            Its own and the sink it sees in any case.
-        reference_draws (`bool`, defaults to `False`): Draw noise as the original does, which gives the same video for
-            the same seed: all initial noise at once, before anything, and for every re-noise as much as the window has
-            frames, of which one chunk's are used.
+        attended_frames: Latent frames that any forward attends to at most, own ones included. Its own and the sink it
+            sees in any case.
+        reference_draws: Draw noise as the original does, which gives the same video for the same seed: all initial
+            noise at once, before anything, and for every re-noise as much as the window has frames, of which one
+            chunk's are used.
     """
 
     def __init__(self, context: SamplingContext, attended_frames: int = 21, reference_draws: bool = False) -> None:

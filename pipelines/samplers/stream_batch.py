@@ -47,16 +47,14 @@ class StreamBatchSampler(Sampler):
     With a source, `strength` is the rate of noise in a still picture, and all steps of the list are made.
 
     Args:
-        normalized_source (`bool`, defaults to `True`): Whether source latents are on the transformer's scale. The
-            original mixes in latents as the VAE gives them and decodes normalised ones all the same; its checkpoint
-            is used with `False`.
-        restart_positions (`int`, *optional*): Rotary position from which on the next chunk starts again at
-            `window_frames - 1`, while cached keys keep theirs. The original's live sessions use 50.
-        adaptive_sink (`float`, *optional*): Similarity, -1 to 1, below which a frame in the sink is given up for the
-            frame that is new, see [`AdaptiveSink`]. The original's default is 0.2.
-        sequential (`bool`, defaults to `False`): Finish one chunk before the next begins, all steps in a single cache,
-            as the original does without batches: a chunk does not wait in lanes, and its past is at the noise of the
-            last step.
+        normalized_source: Whether source latents are on the transformer's scale. The original mixes in latents as the
+            VAE gives them and decodes normalised ones all the same; its checkpoint is used with `False`.
+        restart_positions: Rotary position from which on the next chunk starts again at `window_frames - 1`, while
+            cached keys keep theirs. The original's live sessions use 50.
+        adaptive_sink: Similarity, -1 to 1, below which a frame in the sink is given up for the frame that is new, see
+            [`AdaptiveSink`]. The original's default is 0.2.
+        sequential: Finish one chunk before the next begins, all steps in a single cache, as the original does without
+            batches: a chunk does not wait in lanes, and its past is at the noise of the last step.
     """
 
     counts_video_frames = False

@@ -74,8 +74,7 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
     """Compute the memory of a rollout, whatever `workload.device` is; takes seconds, and memory for no tensor.
 
     Args:
-        weights (`str`, *optional*): One of `WEIGHT_FORMATS` that the transformer is held in; all is computed in the
-            workload's dtype.
+        weights: One of `WEIGHT_FORMATS` that the transformer is held in; all is computed in the workload's dtype.
 
     Raises:
         ValueError: sizes that the model cannot take.

@@ -64,7 +64,7 @@ def steady_costs(
 
     Args:
         model: Config of the transformer.
-        itemsize, scale (`int`): Bytes of a number in the cache, and of the scale of a token and head.
+        itemsize, scale: Bytes of a number in the cache, and of the scale of a token and head.
     """
     costs = {}
     for stage, forwards in steady_forwards(rollout, steps).items():

@@ -11,8 +11,6 @@ import griffe
 
 REFERENCE = re.compile(r"\[`([\w.]+)`\]")
 DOCUMENTED = re.compile(r"^::: (\S+)", re.MULTILINE)
-MARKS = re.compile(r"[`*]|\[(?=`)|(?<=`)\]")
-PARAMETER = re.compile(r"^( *[\w, ]+) \((.*)\):(?= |$)", re.MULTILINE)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "API.md"
 
 
@@ -24,16 +22,10 @@ class References(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            plain = PARAMETER.sub(_plain_type, obj.docstring.value)
-            obj.docstring.value = REFERENCE.sub(self._link, plain)
+            obj.docstring.value = REFERENCE.sub(self._link, obj.docstring.value)
 
     def _link(self, match: "re.Match[str]") -> str:
         name, _, member = match[1].partition(".")
         if name not in self._places:
             return f"`{match[1]}`"
         return f"[`{match[1]}`][{self._places[name]}{'.' + member if member else ''}]"
-
-
-def _plain_type(match: "re.Match[str]") -> str:
-    """`name ([`Type`], *optional*):` without marks, which the site sets as code."""
-    return f"{match[1]} ({MARKS.sub('', match[2])}):"
