@@ -12,18 +12,17 @@ from typing import Any, Self
 
 import torch
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import get_module_execution_device
 
 from wan_autoregressive.cache import WanKVCache
 from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
-from wan_autoregressive.models.codec import ChunkDecoder, VideoCodec
+from wan_autoregressive.models.codec import ChunkDecoder
 from wan_autoregressive.models.conditions import ConditionMemory
 from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
+from wan_autoregressive.pipelines.chunk_pixels import ChunkPixels
 from wan_autoregressive.pipelines.components import Schedulers, WanComponents
 from wan_autoregressive.pipelines.decode_alongside import check_decode_alongside, chunks_decoded_alongside
 from wan_autoregressive.pipelines.denoiser import Denoiser
-from wan_autoregressive.pipelines.finite_check import check_finite
 from wan_autoregressive.pipelines.frame_grid import Chunk
 from wan_autoregressive.pipelines.image_condition import ImageCondition
 from wan_autoregressive.pipelines.input_checks import check_experts, check_extensions
@@ -37,7 +36,6 @@ from wan_autoregressive.pipelines.samplers import Sampler, SamplingContext
 from wan_autoregressive.pipelines.source_video import SourceEndedError, SourceVideo
 from wan_autoregressive.pipelines.switching import SWITCH_SETTINGS, Past, PromptSwitching
 from wan_autoregressive.pipelines.timings import StageTimings
-from wan_autoregressive.pipelines.video_frames import pixels_as
 from wan_autoregressive.schedulers.self_forcing_scheduler import Generators
 
 logger = logging.get_logger(__name__)
@@ -117,9 +115,7 @@ class WanRollout:
         )
         self.sampler: Sampler = SAMPLERS.load(config.sampler)(self._context, **config.sampler_options)
         needs_decoder = config.output_type != "latent" or self.sampler.needs_pixels(config)
-        self.vae_decoder = self._new_decoder(components.codec) if needs_decoder else None
-        preview = components.preview_codec
-        self.preview_decoder = None if preview is None else self._new_decoder(preview)
+        self.pixels = ChunkPixels(components, config, needs_decoder)
         self.chunks_done = 0
         self.frames_done = 0
         """Latent frames that the video has."""
@@ -236,9 +232,7 @@ class WanRollout:
             self.history.clear()
             self.sampler.reset()
             self.switching.reset()
-            for decoder in (self.vae_decoder, self.preview_decoder):
-                if decoder is not None:
-                    decoder.reset()
+            self.pixels.reset()
             self.chunks_done = self.frames_done = self.steps_done = 0
             self.interrupted = False
             self._guard.mend()
@@ -323,8 +317,7 @@ class WanRollout:
                 observer=weakref.proxy(twin),
             )
             twin.sampler = self.sampler.fork(twin._context)
-            twin.vae_decoder = None if self.vae_decoder is None else self.vae_decoder.fork()
-            twin.preview_decoder = None if self.preview_decoder is None else self.preview_decoder.fork()
+            twin.pixels = self.pixels.fork()
             twin._seconds_before = dict(self._seconds_before)
             twin._guard, twin._seconds_lock, twin.on_progress = RolloutGuard(), threading.Lock(), None
             twin.on_preview = None
@@ -363,6 +356,11 @@ class WanRollout:
         return self.denoiser.experts[0].caches[0]
 
     @property
+    def vae_decoder(self) -> ChunkDecoder | None:
+        """Of the VAE, with its state; None where nobody wants its pixels."""
+        return self.pixels.vae_decoder
+
+    @property
     def conditions(self) -> ConditionMemory:
         """What the transformer has computed of prompts and timesteps; `forget()` it after a change of weights."""
         return self.denoiser.experts[0].conditions
@@ -381,10 +379,8 @@ class WanRollout:
     @property
     def nbytes(self) -> int:
         """Bytes held between steps: keys and values, prompts', inputs of forwards, latents, the VAE's state."""
-        decoders = (self.vae_decoder, self.preview_decoder)
-        decoder = sum(decoder.state_bytes for decoder in decoders if decoder is not None)
         parts = self.denoiser.kv_cache_bytes, self.denoiser.text_kv_bytes, self.denoiser.input_bytes
-        return sum(parts) + self.history.nbytes + self.sampler.nbytes + decoder
+        return sum(parts) + self.history.nbytes + self.sampler.nbytes + self.pixels.nbytes
 
     # One chunk.
 
@@ -451,42 +447,9 @@ class WanRollout:
         self.chunks_done, self.frames_done = chunk.index + 1, chunk.stop
         in_flight.chunk, in_flight.latents, in_flight.prompt_text = chunk, latents, self.prompt.text
 
-    @torch.no_grad()
     def decode_chunk(self, in_flight: ChunkInFlight) -> WanVideoChunk:
         """Make the pixels of a chunk whose latents are made. Leaves alone what `make_latents` uses."""
-        chunk, output_type = in_flight.chunk, self.config.output_type
-        pixels_finite = None
-        first_frame = self.components.geometry.pixel_frames(chunk.start)
-        num_frames = None if self.config.num_frames is None else self.config.num_frames - first_frame
-        made = WanVideoChunk(
-            frames=None,
-            latents=in_flight.latents,
-            index=chunk.index,
-            start_frame=chunk.start,
-            start_pixel_frame=first_frame,
-            given=chunk.given,
-            prompt=in_flight.prompt_text,
-            timings=in_flight.timings,
-        )
-        if self.preview_decoder is not None and (codec := self.components.preview_codec) is not None:
-            device = get_module_execution_device(codec.vae)
-            with in_flight.timings.stage("preview", device):
-                pixels = self.preview_decoder.decode(in_flight.latents.to(device))[:, :, :num_frames]
-                preview = pixels_as("np" if output_type == "latent" else output_type, pixels)
-            made = dataclasses.replace(made, preview=preview)
-            if self.on_preview is not None:
-                self.on_preview(made)
-        if self.vae_decoder is not None:
-            device = self.components.codec_device
-            with in_flight.timings.stage("decode", device):
-                pixels = self.vae_decoder.decode(in_flight.latents.to(device))
-                self.sampler.take_pixels(chunk, pixels)
-                pixels = pixels[:, :, :num_frames]
-                pixels_finite = pixels.isfinite().all()
-                if output_type != "latent":
-                    made = dataclasses.replace(made, frames=pixels_as(output_type, pixels))
-        check_finite(in_flight.steps_finite, pixels_finite, chunk)  # last: it waits for the device, as pixels do
-        return made
+        return self.pixels.decode(in_flight, self.config, self.sampler, self.on_preview)
 
     def step_done(self, chunk: Chunk, timestep: float, latents: torch.Tensor) -> torch.Tensor:
         """The sampler has made a denoising step on the latents of a chunk; returns those to go on with."""
@@ -521,8 +484,7 @@ class WanRollout:
             "switching": self.switching.state_dict(),
             "noise": self.noise.state_dict(),
             "history": self.history.state_dict(),
-            "vae_decoder": None if self.vae_decoder is None else self.vae_decoder.state_dict(),
-            "preview_decoder": None if self.preview_decoder is None else self.preview_decoder.state_dict(),
+            **self.pixels.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], generator_device: torch.device | str | None = None) -> None:
@@ -535,18 +497,7 @@ class WanRollout:
         self.switching.load_state_dict(state["switching"])
         self.noise.load_state_dict(state["noise"], generator_device)
         self.history.load_state_dict(state["history"])
-        if self.vae_decoder is not None:
-            self.vae_decoder.load_state_dict(state["vae_decoder"])
-        if self.preview_decoder is not None:
-            if state.get("preview_decoder") is None:
-                raise ValueError("this video was made without a preview VAE until now; leave out preview_vae")
-            self.preview_decoder.load_state_dict(state["preview_decoder"])
-
-    def _new_decoder(self, codec: VideoCodec | None) -> ChunkDecoder:
-        assert codec is not None
-        # On a CPU the state is where it would be parked.
-        parked = self.config.park_vae_state and get_module_execution_device(codec.vae).type != "cpu"
-        return codec.decoder(parking_device="cpu" if parked else None)
+        self.pixels.load_state_dict(state)
 
 
 _COUNTERS = ("chunks_done", "frames_done", "steps_done", "interrupted")

@@ -6,8 +6,7 @@ import torch
 import yaml
 from saved_rollouts import assert_same, start, state_of
 
-from wan_autoregressive.pipelines import rollout
-from wan_autoregressive.pipelines.rollout import WanRollout
+from wan_autoregressive.pipelines import chunk_pixels
 from wan_autoregressive.scripts.cli import main
 
 OPTIONS = {"window_frames": 5, "sink_frames": 1}
@@ -16,16 +15,16 @@ OPTIONS = {"window_frames": 5, "sink_frames": 1}
 @pytest.fixture
 def parks_on_a_cpu(monkeypatch) -> None:
     """Copy the state between chunks as if the VAE were on a GPU."""
-    new = WanRollout._new_decoder
+    new = chunk_pixels.new_decoder
 
-    def new_decoder(self, codec):
-        decoder = new(self, codec)
+    def new_decoder(codec, park):
+        decoder = new(codec, park)
         assert decoder.parking_device is None
-        if self.config.park_vae_state:
+        if park:
             decoder.parking_device = torch.device("cpu")
         return decoder
 
-    monkeypatch.setattr(WanRollout, "_new_decoder", new_decoder)
+    monkeypatch.setattr(chunk_pixels, "new_decoder", new_decoder)
 
 
 @pytest.mark.parametrize("alongside", [False, True])
@@ -53,7 +52,7 @@ def test_saved_forked_and_reset_as_without(pipe, parks_on_a_cpu, tmp_path):
 
 @pytest.mark.parametrize(("device", "parking_device"), [("cpu", None), ("cuda", torch.device("cpu"))])
 def test_only_a_vae_on_another_device_than_the_cpu_parks(pipe, monkeypatch, device, parking_device):
-    monkeypatch.setattr(rollout, "get_module_execution_device", lambda vae: torch.device(device))
+    monkeypatch.setattr(chunk_pixels, "get_module_execution_device", lambda vae: torch.device(device))
     assert start(pipe, park_vae_state=True).vae_decoder.parking_device == parking_device
     assert start(pipe).vae_decoder.parking_device is None
 
@@ -64,7 +63,7 @@ def test_the_flag_reaches_the_rollout(tiny_checkpoint, tmp_path, monkeypatch, ca
     assert main([*arguments, "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["config"]["park_vae_state"] is True
     seen = []
-    new = WanRollout._new_decoder
-    monkeypatch.setattr(WanRollout, "_new_decoder", lambda self, codec: seen.append(self.config) or new(self, codec))
+    new = chunk_pixels.new_decoder
+    monkeypatch.setattr(chunk_pixels, "new_decoder", lambda codec, park: seen.append(park) or new(codec, park))
     assert main(arguments) == 0
-    assert [config.park_vae_state for config in seen] == [True]
+    assert seen == [True]

@@ -66,7 +66,7 @@ def test_saved_forked_and_begun_again(pipe, tiny, previewed, tmp_path):
     rollout = start(pipe, **OPTIONS, preview_vae=tiny)
     rollout.step()
     rollout.save(tmp_path)
-    assert rollout.nbytes - start(pipe, **OPTIONS).nbytes > rollout.preview_decoder.state_bytes > 0
+    assert rollout.nbytes - start(pipe, **OPTIONS).nbytes > rollout.pixels.preview_decoder.state_bytes > 0
     resumed, twin = pipe.resume(tmp_path, preview_vae=tiny), rollout.fork()
     assert state_of(resumed) == state_of(rollout)
     for other in (resumed, twin):
