@@ -1,6 +1,7 @@
 """Every block of code on a page runs as it stands, one after the other, in one folder; so do the figures' tool."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from doc_pages import HELD_ELSEWHERE, PAGES, ROOT, blocks_of
 
 from tools import docs_figures
+from wan_autoregressive.scripts import cli
 
 RUN = [
     page
@@ -29,9 +31,17 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         code = block.code.replace("PATH_OF_THIS_FOLDER", str((ROOT / page).parent))
         if block.language == "python":
             exec(compile(code, f"{page}, block {number}", "exec"), names)
+        elif page != "README.md" and all(command[0] == "wan-ar" for command in commands_of(code)):
+            for command in commands_of(code):  # here, where torch is there already; the README's as people run them
+                assert cli.main(command[1:]) == 0, f"{page}, block {number}: {command}"
         else:
             done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], capture_output=True, text=True)
             assert done.returncode == 0, f"{page}, block {number}: {done.stderr}"
+
+
+def commands_of(code: str) -> list[list[str]]:
+    """Words of every line; a backslash at its end makes one of two."""
+    return [shlex.split(line) for line in code.replace("\\\n", " ").splitlines() if line]
 
 
 @pytest.mark.slow
