@@ -32,8 +32,14 @@ class LiveClient:
     Arguments and methods are those of [`AsyncLiveClient`], which says more.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None, timeout_s: float = 120.0) -> None:
-        self._live = AsyncLiveClient(url, token, timeout_s)
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        token: str | None = None,
+        timeout_s: float = 120.0,
+        reconnects: int = 60,
+    ) -> None:
+        self._live = AsyncLiveClient(url, token, timeout_s, reconnects)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="wan-client", daemon=True)
 

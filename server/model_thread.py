@@ -90,7 +90,9 @@ class ModelThread:
 
     def _make_chunk(self, session: LiveSession) -> None:
         # Before a chunk, not after it: only what is encoded can be shown again after a crash.
-        if 0 < self._limits.checkpoint_every <= session.unsaved and not session.encoding:
+        if 0 < self._limits.checkpoint_every <= session.unsaved:
+            with self._lock:
+                self._lock.wait_for(lambda: not session.encoding)
             session.unsaved = 0
             save(session)
         started = time.perf_counter()

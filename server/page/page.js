@@ -78,7 +78,7 @@ const handlers = {
     mark('error', { code: message.code });
     tellProblem(message.message);
     quiet ||= message.code === 'limit';
-    if (!['failed', 'taken_over'].includes(message.code)) return;
+    if (!['failed', 'taken_over', 'disk'].includes(message.code)) return;
     connection.leave(); // the server takes nothing more on it
     ended(message.code);
   },
