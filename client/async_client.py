@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from wan_autoregressive.client.connection import Address, Connection
 from wan_autoregressive.client.conversation import Conversation, LiveChunk
 from wan_autoregressive.server.messages import (
+    MAX_MESSAGE_BYTES,
     ChangePrompt,
     ChangeSettings,
     Close,
@@ -78,6 +79,7 @@ class AsyncLiveClient:
         ahead: int = 2,
         settings: Mapping[str, Any] | None = None,
         prompt_changes: Mapping[str, str] | None = None,
+        camera: bool = False,
     ) -> None:
         """Begin a video, or go on with that of a session.
 
@@ -86,6 +88,7 @@ class AsyncLiveClient:
             resume: A session, instead of a new video.
             settings: Instead of the server's own, see `LiveSettings`: `{"num_inference_steps": 2}`.
             prompt_changes: Later prompts by time, `{"5s": "it snows"}`.
+            camera: Make the video from what `camera_frame` sends; `settings` may say how far from it, `strength`.
 
         Raises:
             ValueError: a setting of that name or kind there is not.
@@ -99,6 +102,7 @@ class AsyncLiveClient:
                 image=name,
                 settings=LiveSettings(**settings or {}),
                 prompt_changes=None if prompt_changes is None else dict(prompt_changes),
+                camera=camera,
                 resume=resume,
                 ahead=ahead,
             )
@@ -112,9 +116,29 @@ class AsyncLiveClient:
         """Use other settings from the next chunk that is made on. Raises `ValueError` as `start`."""
         await self._say(ChangeSettings(settings=LiveSettings(**settings)))
 
-    async def fork(self, chunk: int | None, prompt: str | None = None, seed: int | None = None) -> None:
-        """Go on after a chunk of any branch; None is the start."""
-        await self._say(Fork(chunk=chunk, prompt=prompt, seed=seed))
+    async def fork(
+        self,
+        chunk: int | None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Go on after a chunk of any branch; None is the start. What follows is the same but for what is given.
+
+        Raises:
+            ValueError: a setting of that name or kind there is not.
+        """
+        await self._say(Fork(chunk=chunk, prompt=prompt, seed=seed, settings=LiveSettings(**settings or {})))
+
+    async def camera_frame(self, image: bytes) -> None:
+        """Send a frame of the camera as a PNG, JPEG or WebP, at the video's rate; the server keeps the newest.
+
+        Raises:
+            ValueError: it has more bytes than the server takes.
+        """
+        if len(image) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a frame may have {MAX_MESSAGE_BYTES} bytes, this one has {len(image)}; make it smaller")
+        await self._connection.send(image)
 
     async def pause(self) -> None:
         await self._say(Pause())
