@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class LiveModel:
         fps: Frames per second that the model was trained for.
         scale: How often every pixel is repeated in the video.
         name: For the reader.
+        preview_vae: A second VAE, whose frames are shown at once; those of the full one are what is kept.
     """
 
     pipe: WanAutoregressivePipeline
@@ -40,6 +42,7 @@ class LiveModel:
     fps: float = 16.0
     scale: int = 1
     name: str = ""
+    preview_vae: torch.nn.Module | None = None
     _tokenizer: Any = field(init=False, repr=False)
     _tokenizing: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
 
@@ -79,11 +82,22 @@ class LiveModel:
         image: Any = None,
         settings: Mapping[str, Any] | None = None,
         source: Iterator[Any] | None = None,
+        preview: bool = True,
     ) -> WanRollout:
-        """Begin an endless video: from nothing, from an image, or made anew from the frames of a source."""
-        generator = torch.Generator().manual_seed(seed)
+        """Begin an endless video: from nothing, from an image, or made anew from the frames of a source.
+
+        Args:
+            preview: With the preview VAE, if there is one.
+        """
         values = self._rollout_settings(settings or {})
-        return self.pipe.rollout(prompt, image=image, video=source, generator=generator, **values)
+        return self.pipe.rollout(
+            prompt,
+            image=image,
+            video=source,
+            generator=torch.Generator().manual_seed(seed),
+            preview_vae=self.preview_vae if preview else None,
+            **values,
+        )
 
     def run_up_frames(self, settings: Mapping[str, Any]) -> int:
         """Latent frames that `start_behind` takes, which fill three chunks; 0 where that cannot be done.
@@ -105,7 +119,12 @@ class LiveModel:
         return -(-latent_frames // self.config({}).chunk_frames)
 
     def start_behind(
-        self, latents: torch.Tensor, noise: torch.Tensor, prompt: str, settings: Mapping[str, Any]
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        prompt: str,
+        settings: Mapping[str, Any],
+        preview: bool = True,
     ) -> WanRollout:
         """Begin a video with given latents that goes on nearly as theirs did; they are its first chunks.
 
@@ -115,11 +134,19 @@ class LiveModel:
         """
         generator = torch.Generator()
         generator.set_state(noise)
-        values = self._rollout_settings(settings)
-        return self.pipe.rollout(prompt, generator=generator, video_latents=latents.to(self.pipe.device), **values)
+        return self.pipe.rollout(
+            prompt,
+            generator=generator,
+            video_latents=latents.to(self.pipe.device),
+            preview_vae=self.preview_vae if preview else None,
+            **self._rollout_settings(settings),
+        )
 
-    def resume(self, folder: Path) -> WanRollout:
+    def resume(self, folder: Path, preview: bool = True) -> WanRollout:
         """Go on with a saved one; `ValueError` if it was made by another model."""
+        if preview and self.preview_vae is not None:
+            with suppress(ValueError):  # one that was saved without a preview goes on without
+                return self.pipe.resume(folder, preview_vae=self.preview_vae)
         return self.pipe.resume(folder)
 
     def measure(self) -> tuple[float, float]:

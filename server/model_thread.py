@@ -11,6 +11,7 @@ from wan_autoregressive.server.chunk_encoders import ChunkEncoders
 from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.limits import EngineLimits
 from wan_autoregressive.server.live_session import LiveSession, cut_point
+from wan_autoregressive.server.live_video import MadeChunk
 from wan_autoregressive.server.messages import ChangePrompt, ChangeSettings, Cut, Error, Fork, LiveSettings
 from wan_autoregressive.server.seats import Seats
 
@@ -96,15 +97,19 @@ class ModelThread:
             session.unsaved = 0
             save(session)
         started = time.perf_counter()
-        made = session.video.advance()
+        made = session.video.advance(lambda preview: self._hand_on(session, preview))
         took = time.perf_counter() - started
         self._figures.add({"step_s": took, "steps" if made else "repeated": 1})
-        if made is None:
-            return
-        with self._lock:
-            session.made = made.entry.index
-            session.unsent += 1
-            session.unsaved += 1
+        if made is not None:
+            self._hand_on(session, made)
+
+    def _hand_on(self, session: LiveSession, made: MadeChunk) -> None:
+        """A new chunk, its preview, or what follows that."""
+        if not made.was_shown:
+            with self._lock:
+                session.made = made.entry.index
+                session.unsent += 1
+                session.unsaved += 1
         self._encoders.encode(session, made)
 
     def _obey(self, session: LiveSession, command: ChangePrompt | Fork | ChangeSettings) -> None:
