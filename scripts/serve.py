@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     place.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="page that may use it")
     place.add_argument("--no-page", action="store_true", help="the API alone")
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--slots", type=int, help="viewers at a time (default: as many as the model is fast for)")
+    limits.add_argument("--slots", type=int, help="viewers at a time (default: as many as it proves fast enough for)")
     limits.add_argument("--queue", type=int, default=8, help="viewers that may wait (default: 8)")
     limits.add_argument("--idle", type=float, default=120.0, help="seconds until a silent viewer goes (default: 120)")
     limits.add_argument("--max-seconds", type=float, default=600.0, help="video of one session (default: 600)")
@@ -76,17 +76,18 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(_hold_state(folder))
         model = _load(args)
         chunk_s, step_s = model.measure()
-        slots = args.slots or max(1, int(chunk_s / step_s))
         limits = EngineLimits(
-            slots=slots,
+            slots=args.slots,
             queue=args.queue,
             max_seconds=args.max_seconds,
             snapshots=args.snapshots,
             checkpoint_every=args.checkpoint_every if args.state else 0,
         )
-        engine = Engine(model, folder, limits, cost_s=step_s)
+        engine = Engine(model, folder, limits, cost_s=step_s, chunk_s=chunk_s)
         app = build_app(engine, door, args.idle, page=not args.no_page)
-        print_note(f"a chunk of {chunk_s:.2f} s takes {step_s:.2f} s; viewers at a time: {slots}")
+        print_note(
+            f"a chunk of {chunk_s:.2f} s takes {step_s:.2f} s; viewers at a time: {engine.figures()['slots']:.0f}"
+        )
         print(_link(args.host, listening.getsockname()[1], door), flush=True)
         web_server(app, args.per_address).run(sockets=[listening])
     return 0

@@ -119,7 +119,7 @@ class _Routes:
 
     async def model(self, request: Request) -> Response:
         """Sizes, frames per second, limits, settings that a viewer may choose, prompts to begin with."""
-        model, limits = self._engine.model, self._engine.limits
+        model, limits, slots = self._engine.model, self._engine.limits, int(self._engine.figures()["slots"])
         return JSONResponse(
             {
                 "protocol": PROTOCOL,
@@ -127,7 +127,7 @@ class _Routes:
                 "fps": model.fps,
                 "width": model.width * model.scale,
                 "height": model.height * model.scale,
-                "slots": limits.slots,
+                "slots": slots,
                 "max_seconds": limits.max_seconds,
                 "max_prompt_length": MAX_PROMPT_LENGTH,
                 "max_prompt_tokens": model.most_tokens,

@@ -21,6 +21,8 @@ from wan_autoregressive.server.video_folder import IMAGE_NAME
 MAX_BYTES = 64 * 1024
 _WITHOUT_MEANING = {"num_frames", "output_type", "park_vae_state", "strength"}
 """Settings of a rollout that do not have to agree with the server's."""
+NOT_TAKEN = ("prompts", "video", "strength")
+"""Of a settings file: a live video has none of these."""
 
 
 def export_schedule(values: dict[str, Any], branch: int | None, model: LiveModel) -> str:
@@ -72,7 +74,7 @@ def import_schedule(text: str, model: LiveModel) -> dict[str, Any]:
     changes = given.get("prompt_changes")
     if not isinstance(changes, dict | None):  # a name of a file would be one of the server's
         raise ValueError("prompt_changes must be times and prompts, such as '5s: it snows'")
-    for name in ("prompts", "video", "strength"):
+    for name in NOT_TAKEN:
         if given.get(name) is not None:
             raise ValueError(f"{name} cannot be used here; take it out of the file")
     given = {**given, "prompt_changes": {str(time): prompt for time, prompt in (changes or {}).items()} or None}
