@@ -93,9 +93,9 @@ class Conversation:
 
     def fetched(self, chunk: TimelineChunk, mp4: bytes) -> LiveChunk:
         """One of `lacking`, whose file was fetched; what it took to make is not known any more."""
-        known = {name: value for name, value in vars(chunk).items() if name in LiveChunk.model_fields}
         unknown = {"codec": "", "step_s": 0.0, "encode_s": 0.0, "timings": {}}
-        return LiveChunk(session=self.session or "", chunk=chunk.id, **known, **unknown, mp4=mp4)
+        own = {"session": self.session, "chunk": chunk.id, "mp4": mp4}
+        return LiveChunk.model_validate({**vars(chunk), **unknown, **own})
 
     def played(self) -> str | None:
         """What to say before the next chunk: that the last one has been seen."""

@@ -156,7 +156,9 @@ class _Routes:
     async def session(self, request: Request) -> Response:
         """The timeline of a session: chunks, branches, prompts, seeds."""
         values = await self._describe(request)
-        return _no_session() if values is None else JSONResponse(values)
+        if values is None:
+            return _no_session()
+        return JSONResponse({name: value for name, value in values.items() if name != "made_by"})
 
     async def forget(self, request: Request) -> Response:
         """Forget a session and its files."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.server.limits import PromptError
+from wan_autoregressive.server.made_by import made_by
 
 _WARM_UP_STEPS = 3
 _OWN_SETTINGS = ("num_frames", "output_type", "strength")
@@ -49,6 +51,25 @@ class LiveModel:
     def __post_init__(self) -> None:
         # Its own: tokenizers hold state while they work, and the pipeline's is used by the model's thread.
         object.__setattr__(self, "_tokenizer", copy.deepcopy(self.pipe.tokenizer))
+
+    @cached_property
+    def made_by(self) -> dict[str, Any]:
+        """What every video of this model is bound to, see `made_by`."""
+        return made_by(self)
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What videos are begun with where their viewers say nothing else, as JSON."""
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()}
+        if own.get("denoising_steps") is None and own.get("num_inference_steps") is None:
+            own["denoising_steps"] = [float(step) for step in self.pipe.scheduler.config.denoising_steps]
+        return own
+
+    def with_settings(self, own: Mapping[str, Any]) -> LiveModel:
+        """The same model, as it was when `own_settings` were these."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "settings", dict(own))
+        return twin
 
     @property
     def height(self) -> int:
@@ -151,7 +172,7 @@ class LiveModel:
 
     def measure(self) -> tuple[float, float]:
         """Run a few steps, so that no visitor waits for the first: seconds of video in a chunk, seconds to make it."""
-        grey = None
+        grey, _ = None, self.made_by  # which reads weights
         if self.pipe.wan_components().condition_channels:
             grey = Image.new("RGB", (self.width, self.height), "grey")
         rollout = self.start("a red circle moving right on a navy background", 0, grey)

@@ -23,6 +23,7 @@ from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.pipelines.snapshots import Snapshots
 from wan_autoregressive.server.live_model import LiveModel
+from wan_autoregressive.server.made_by import check_made_by
 from wan_autoregressive.server.timeline import Decisions, Timeline, TimelineChunk
 from wan_autoregressive.server.video_folder import VideoFolder
 from wan_autoregressive.server.video_plan import VideoPlan
@@ -198,7 +199,7 @@ class LiveVideo:
         tip = self.timeline.tip
         if self._rollout is not None and not (self._to_repeat or self._next_is_near or self.plan.source):
             self.folder.save_rollout(tip, self._rollout)
-        self.folder.write_description(self.describe())
+        self._write_description()
         if self.folder.has_rollout(tip):  # else an older one is what to begin from
             self.folder.remove_rollouts(but=tip)
 
@@ -209,6 +210,7 @@ class LiveVideo:
                 "prompt": self.first_prompt,
                 "seed": self.seed,
                 **self.plan.as_dict(),
+                "server_settings": self._model.own_settings,
                 "from_image": self._image is not None,
                 "fps": self._model.fps,
                 **self.timeline.as_dict(),
@@ -216,20 +218,25 @@ class LiveVideo:
 
     @classmethod
     def load(cls, model: LiveModel, path: Path, snapshots: int = 8, stop_frame: int | None = None) -> LiveVideo:
-        """Take up what `save` wrote.
+        """Take up what `save` wrote. It goes on with the settings that its server had, whatever this one has.
 
         Raises:
-            ValueError, OSError: it is damaged, or made from a camera. That it was made with another model, `advance`
-                says.
+            ValueError, OSError: it is damaged, made from a camera, or by another model.
         """
         folder = VideoFolder(path)
         values = folder.read_description()
+        if "made_by" in values:  # else it was saved by an older version
+            check_made_by(values["made_by"], model)
+            model = model.with_settings(values["server_settings"])
         plan = VideoPlan.from_dict(values)
         image = folder.read_image() if values["from_image"] else None
         video = cls(model, path, values["prompt"], values["seed"], image, snapshots, plan, stop_frame)
         video.timeline = Timeline.from_dict(values)
         video._mend()
         return video
+
+    def _write_description(self) -> None:
+        self.folder.write_description({**self.describe(), "made_by": self._model.made_by})
 
     def _mend(self) -> None:
         """After a crash: what came behind the last save is lost, and what cannot be shown any more is left out."""
@@ -238,7 +245,7 @@ class LiveVideo:
         lost = numbers - timeline.chunks.keys()
         if lost:
             timeline.next_id = max(timeline.next_id, max(lost) + 1)  # a viewer may hold chunks of these numbers
-            self.folder.write_description(self.describe())
+            self._write_description()
             for chunk in lost:
                 self.folder.remove_chunk(chunk)
 
