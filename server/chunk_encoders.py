@@ -11,7 +11,7 @@ from wan_autoregressive.server.chunk_files import IMAGES_CODEC, codec_of, encode
 from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.live_session import LiveSession
-from wan_autoregressive.server.live_video import MadeChunk
+from wan_autoregressive.server.made_chunk import MadeChunk
 from wan_autoregressive.server.messages import ChunkReady
 from wan_autoregressive.server.timeline import TimelineChunk
 from wan_autoregressive.server.video_folder import VideoFolder

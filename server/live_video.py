@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
@@ -24,25 +22,13 @@ from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.pipelines.snapshots import Snapshots
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.made_by import check_made_by
+from wan_autoregressive.server.made_chunk import MadeChunk
 from wan_autoregressive.server.timeline import Decisions, Timeline, TimelineChunk
 from wan_autoregressive.server.video_folder import VideoFolder
 from wan_autoregressive.server.video_plan import VideoPlan
 
 MOST_REPEATED = 8
 """Chunks that are made again, unseen, for the sake of exactness."""
-
-
-@dataclass(frozen=True)
-class MadeChunk:
-    """A new chunk of the timeline with its pixels, `(frames, height, width, 3)` in uint8."""
-
-    entry: TimelineChunk
-    frames: npt.NDArray[np.uint8]
-    chunk: WanVideoChunk
-    is_preview: bool = False
-    """Its pixels are the preview VAE's; those of the full one follow as another `MadeChunk`."""
-    was_shown: bool = False
-    """Its preview came before."""
 
 
 class LiveVideo:

@@ -11,7 +11,7 @@ from wan_autoregressive.server.chunk_encoders import ChunkEncoders
 from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.limits import EngineLimits
 from wan_autoregressive.server.live_session import LiveSession, cut_point
-from wan_autoregressive.server.live_video import MadeChunk
+from wan_autoregressive.server.made_chunk import MadeChunk
 from wan_autoregressive.server.messages import ChangePrompt, ChangeSettings, Cut, Error, Fork, LiveSettings
 from wan_autoregressive.server.pace import Pace
 from wan_autoregressive.server.seats import Seats
