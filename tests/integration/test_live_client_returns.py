@@ -7,13 +7,14 @@ import socket
 import threading
 from pathlib import Path
 
+import httpx2
 import pytest
 from live_browser import Network
 from live_server import ServerProcess
 from live_viewer import GREEN, RED, alone, new_engine, until
 from live_web import running
 
-from wan_autoregressive.client import LiveClient, LiveError, connection
+from wan_autoregressive.client import AsyncLiveClient, LiveClient, LiveError, connection
 from wan_autoregressive.client.conversation import LiveChunk
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,26 @@ def test_a_network_that_is_lost_for_a_moment_loses_no_chunk(network, engine, pip
         live.forget()
 
 
+@pytest.mark.slow
+def test_a_connection_that_is_lost_again_while_it_catches_up(network, pipe, monkeypatch):
+    describe, failures = AsyncLiveClient.describe, [httpx2.ConnectError("no route"), httpx2.ReadTimeout("silence")]
+
+    async def sometimes(self):
+        if failures:
+            raise failures.pop()
+        return await describe(self)
+
+    with LiveClient(network.link, reconnects=5) as live:
+        live.start(RED, seed=3, ahead=2)
+        chunks = [live.next_chunk()]
+        lose(network, 0.0)
+        monkeypatch.setattr(AsyncLiveClient, "describe", sometimes)
+        chunks += [live.next_chunk() for _ in range(3)]
+        assert [chunk.chunk for chunk in chunks] == [0, 1, 2, 3]
+        assert shown(chunks) == alone(pipe, RED, 3, 4)
+    assert not failures
+
+
 def test_what_is_asked_for_without_a_connection_is_done_once_there_is_one(network, pipe):
     with LiveClient(network.link) as live:
         live.start(RED, seed=3, ahead=1)
@@ -78,6 +99,7 @@ def test_what_is_asked_for_without_a_connection_is_done_once_there_is_one(networ
         assert shown(chunks) == alone(pipe, RED, 3, change + 1, {change: GREEN})
 
 
+@pytest.mark.slow
 def test_without_tries_it_raises_and_the_video_can_be_taken_up_by_hand(network, pipe):
     with LiveClient(network.link, reconnects=0) as live:
         live.start(RED, seed=3, ahead=1)

@@ -136,6 +136,7 @@ def test_waiting_viewers_are_told_their_place(pipe, tmp_path):
     engine.shutdown()
 
 
+@pytest.mark.slow
 def test_slots_follow_the_time_that_chunks_take_now(pipe, tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0, step=0.2, monotonic=time.monotonic)
 

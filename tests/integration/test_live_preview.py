@@ -44,12 +44,20 @@ def kept(engine: Engine, viewer: Viewer, count: int) -> list[bytes]:
 def test_the_preview_is_shown_and_the_full_frames_are_kept(pipe, tiny, previewed_alone, tmp_path):
     engine = engine_with_preview(pipe, tiny, tmp_path / "state")
     viewer = Viewer(engine, prompt=RED, seed=9, ahead=1)
-    assert viewer.watch(3) == alone(previewed_alone, RED, 9, 3)
-    assert kept(engine, viewer, 3) == alone(pipe, RED, 9, 3)
+    assert viewer.watch(2) == alone(previewed_alone, RED, 9, 2)
+    assert kept(engine, viewer, 2) == alone(pipe, RED, 9, 2)
     assert all(message.preview and message.timings["preview_s"] > 0 for message, _ in viewer.chunks.values())
     assert all(message.timings["decode_s"] == 0 for message, _ in viewer.chunks.values())
+    engine.shutdown()
 
-    # Another prompt, and back: both stay two views of one video.
+
+@pytest.mark.slow
+def test_with_another_prompt_and_from_an_earlier_place_both_stay_two_views_of_one_video(
+    pipe, tiny, previewed_alone, tmp_path
+):
+    engine = engine_with_preview(pipe, tiny, tmp_path / "state")
+    viewer = Viewer(engine, prompt=RED, seed=9, ahead=1)
+    viewer.watch(2)
     engine.command(viewer.session, ChangePrompt(prompt=GREEN))
     while viewer.chunks[max(viewer.chunks)][0].prompt == RED:
         viewer.watch(1)
@@ -93,6 +101,7 @@ def test_images_for_browsers_without_h264(pipe, tiny, previewed_alone, tmp_path)
     engine.shutdown()
 
 
+@pytest.mark.slow
 def test_a_video_goes_on_with_a_preview_and_one_from_before_without(pipe, tiny, previewed_alone, tmp_path):
     """As after a restart with the flag, and another without it."""
     engine = Engine(live_model(pipe), tmp_path / "state", EngineLimits(), cost_s=0.05)
