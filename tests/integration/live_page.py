@@ -95,8 +95,14 @@ class LivePage:
         self.until(lambda: self.js("wanLive.frames") > shown + 16 * seconds)
 
     def seconds_between(self, kind: str, later: str, where: str = "true") -> float:
-        """From the last event of a kind to the first one of another after it that meets the condition."""
-        return self.js(
+        """From the last event of a kind to the first one of another after it that meets the condition.
+
+        It waits for that one: a frame can be seen a moment before the page hears of it.
+        """
+        found = (
             f"(() => {{ const from = wanLive.events.findLast(e => e.kind === '{kind}').t;"
-            f" return (wanLive.events.find(e => e.kind === '{later}' && e.t > from && {where}).t - from) / 1000 }})()"
+            f" const to = wanLive.events.find(e => e.kind === '{later}' && e.t > from && {where});"
+            " return to ? (to.t - from) / 1000 : null })()"
         )
+        self.until(lambda: self.js(found) is not None, 5)
+        return self.js(found)
