@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -154,19 +155,18 @@ def test_a_server_that_ends_and_is_started_again_shows_the_same_video(tmp_path, 
         live.start(**video)
         whole = [live.next_chunk() for _ in range(9)]
         live.forget()
-    with LiveClient(server.link) as live:
+    with ThreadPoolExecutor(1) as beside, LiveClient(server.link) as live:
         live.start(**video)
         chunks = [live.next_chunk() for _ in range(5)]
         server.process.send_signal(end)
-        again = threading.Thread(target=lambda: servers.append(start_again(server, words, tmp_path)))
-        servers: list[ServerProcess] = []
-        again.start()
-        while chunks[-1].index < 8:
-            chunks.append(live.next_chunk())
-        again.join()
-        assert shown(chunks) == [chunk.mp4 for chunk in whole]
-        assert whole[0].prompt != whole[-1].prompt
-    servers[0].stop()
+        again = beside.submit(start_again, server, words, tmp_path)
+        try:
+            while chunks[-1].index < 8:
+                chunks.append(live.next_chunk())
+        finally:
+            again.result().stop()
+    assert shown(chunks) == [chunk.mp4 for chunk in whole]
+    assert whole[0].prompt != whole[-1].prompt
 
 
 def start_again(server: ServerProcess, words: tuple[str, ...], folder: Path) -> ServerProcess:
