@@ -54,7 +54,8 @@ test: $(READY) $(LINKS)
 test-all: $(READY) $(LINKS)
 	$(PYTEST)
 
-# What drives a Chromium that is installed (tools/install_browser.sh); it downloads none of its own.
+# What drives a Chromium that is installed (tools/install_browser.sh); it downloads none of its own. Where there is a
+# Firefox, some of the tests are run in it too.
 browser: $(VENV)/.browser
 
 $(VENV)/.browser: $(READY)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import httpx2
 from pydantic import BaseModel
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from wan_autoregressive.client.conversation import MAX_CHUNK_BYTES, Address, Conversation, LiveChunk, LiveError
+from wan_autoregressive.client.connection import Address, Connection
+from wan_autoregressive.client.conversation import Conversation, LiveChunk
 from wan_autoregressive.server.messages import (
+    MAX_MESSAGE_BYTES,
     ChangePrompt,
     ChangeSettings,
     Close,
@@ -38,36 +37,38 @@ class AsyncLiveClient:
     ```
 
     Asking for the next chunk says that the last one has been seen: the server stays `ahead` chunks in front of that.
+    A connection that is lost (the network, a restart of the server) is opened anew, and what was made meanwhile comes
+    before what is made then. What a killed server had not saved is made again, as chunks of new numbers.
 
     Args:
         url: As the server prints it, with or without its token.
         token: Instead of the one in `url`.
         timeout_s: Seconds to wait for a message of the server.
+        reconnects: Tries in a row to come back, 0.25 s to 4 s after one another; 0 raises where it is lost.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        token: str | None = None,
+        timeout_s: float = 120.0,
+        reconnects: int = 60,
+    ) -> None:
         self.video = Conversation()
         """Session, seed, branch, place in the queue; what the server says of itself."""
         self._address, self._timeout_s = Address(url, token), timeout_s
-        self._opened = AsyncExitStack()
-        self._connection: ClientConnection | None = None
+        self._connection = Connection(self._address, timeout_s, reconnects, self.video.returning)
+        self._missed: deque[LiveChunk] = deque()
 
     async def __aenter__(self) -> Self:
+        await self._connection.open()
         address = self._address
-        self._http = await self._opened.enter_async_context(
-            httpx2.AsyncClient(base_url=address.http, headers=address.headers, timeout=self._timeout_s)
-        )
-        opening = connect(address.live, additional_headers=address.headers, max_size=MAX_CHUNK_BYTES)
-        try:
-            self._connection = await self._opened.enter_async_context(opening)
-        except InvalidStatus as error:
-            told = f"the server answers {error.response.status_code}; is the token the one that it printed?"
-            raise LiveError("not_let_in", told) from error
+        self._http = httpx2.AsyncClient(base_url=address.http, headers=address.headers, timeout=self._timeout_s)
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._connection = None
-        await self._opened.aclose()
+        await self._connection.close()
+        await self._http.aclose()
 
     async def start(
         self,
@@ -78,6 +79,7 @@ class AsyncLiveClient:
         ahead: int = 2,
         settings: Mapping[str, Any] | None = None,
         prompt_changes: Mapping[str, str] | None = None,
+        camera: bool = False,
     ) -> None:
         """Begin a video, or go on with that of a session.
 
@@ -86,11 +88,13 @@ class AsyncLiveClient:
             resume: A session, instead of a new video.
             settings: Instead of the server's own, see `LiveSettings`: `{"num_inference_steps": 2}`.
             prompt_changes: Later prompts by time, `{"5s": "it snows"}`.
+            camera: Make the video from what `camera_frame` sends; `settings` may say how far from it, `strength`.
 
         Raises:
             ValueError: a setting of that name or kind there is not.
         """
         name = None if image is None else await self.upload(image)
+        self.video.ahead = ahead
         await self._say(
             Start(
                 prompt=prompt,
@@ -98,6 +102,7 @@ class AsyncLiveClient:
                 image=name,
                 settings=LiveSettings(**settings or {}),
                 prompt_changes=None if prompt_changes is None else dict(prompt_changes),
+                camera=camera,
                 resume=resume,
                 ahead=ahead,
             )
@@ -111,9 +116,29 @@ class AsyncLiveClient:
         """Use other settings from the next chunk that is made on. Raises `ValueError` as `start`."""
         await self._say(ChangeSettings(settings=LiveSettings(**settings)))
 
-    async def fork(self, chunk: int | None, prompt: str | None = None, seed: int | None = None) -> None:
-        """Go on after a chunk of any branch; None is the start."""
-        await self._say(Fork(chunk=chunk, prompt=prompt, seed=seed))
+    async def fork(
+        self,
+        chunk: int | None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Go on after a chunk of any branch; None is the start. What follows is the same but for what is given.
+
+        Raises:
+            ValueError: a setting of that name or kind there is not.
+        """
+        await self._say(Fork(chunk=chunk, prompt=prompt, seed=seed, settings=LiveSettings(**settings or {})))
+
+    async def camera_frame(self, image: bytes) -> None:
+        """Send a frame of the camera as a PNG, JPEG or WebP, at the video's rate; the server keeps the newest.
+
+        Raises:
+            ValueError: it has more bytes than the server takes.
+        """
+        if len(image) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a frame may have {MAX_MESSAGE_BYTES} bytes, this one has {len(image)}; make it smaller")
+        await self._connection.send(image)
 
     async def pause(self) -> None:
         await self._say(Pause())
@@ -133,14 +158,16 @@ class AsyncLiveClient:
             TimeoutError: nothing came.
         """
         if (played := self.video.played()) is not None:
-            await self._send(played)
+            await self._connection.send(played)
         while True:
-            try:
-                made = self.video.take(await asyncio.wait_for(self._connected.recv(), self._timeout_s))
-            except ConnectionClosed as closed:
-                raise self.video.closed(closed.rcvd.code if closed.rcvd else None) from closed
+            if self._missed:
+                made = self.video.take_chunk(self._missed.popleft())
+            else:
+                made = self.video.take(await self._connection.receive())
             if made is not None:
                 return made
+            if self.video.lacks_chunks:
+                await self._catch_up()
 
     async def __aiter__(self) -> AsyncIterator[LiveChunk]:
         while True:
@@ -163,17 +190,17 @@ class AsyncLiveClient:
         answer = await self._http.get(f"/v1/sessions/{self.video.session}/video.mp4", params=query)
         Path(path).write_bytes(answer.raise_for_status().content)
 
-    @property
-    def _connected(self) -> ClientConnection:
-        if self._connection is None:
-            raise RuntimeError("there is no connection; use the client in an `async with` block")
-        return self._connection
-
     async def _say(self, message: BaseModel) -> None:
-        await self._send(message.model_dump_json())
+        await self._connection.send(message.model_dump_json())
 
-    async def _send(self, text: str) -> None:
+    async def _catch_up(self) -> None:
+        """Get what was made while nobody was there. What is still being encoded comes as a message."""
+        self._connection.is_back()
         try:
-            await self._connected.send(text)
-        except ConnectionClosed as closed:
-            raise self.video.closed(closed.rcvd.code if closed.rcvd else None) from closed
+            for chunk in self.video.lacking(await self.describe()):
+                answer = await self._http.get(f"/v1/sessions/{self.video.session}/chunks/{chunk.id}.mp4")
+                if answer.status_code == 404:
+                    break
+                self._missed.append(self.video.fetched(chunk, answer.raise_for_status().content))
+        except httpx2.TransportError:
+            await self._connection.lose()

@@ -2,79 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
-from wan_autoregressive.server.messages import PROTOCOL, Played, unpack
+from pydantic import Field
 
-MAX_CHUNK_BYTES = 256 * 2**20
-
-
-class LiveError(RuntimeError):
-    """The server says that something did not work. `code` is that of `docs/API_LIVE.md`, or `closed`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+from wan_autoregressive.client.connection import LiveError
+from wan_autoregressive.server.messages import PROTOCOL, ChunkReady, Played, Start, unpack
+from wan_autoregressive.server.timeline import Timeline, TimelineChunk
 
 
-@dataclass(frozen=True)
-class LiveChunk:
-    """A chunk of the video: an mp4 of its own with `frames` pixel frames, to be shown from `start_frame` on."""
+class LiveChunk(ChunkReady):
+    """A chunk of the video: an mp4 of its own with `frames` pixel frames, to be shown from `start_frame` on.
 
-    session: str
-    chunk: int
-    """Its number in the session, to fork from."""
-    parent: int | None
-    branch: int
-    index: int
-    """Chunks before it."""
-    start_frame: int
-    frames: int
-    prompt: str
-    near: bool
-    """Right before it the past was made anew from latents: near to what it was, not the same."""
-    step_s: float
-    encode_s: float
-    timings: Mapping[str, float]
-    mp4: bytes = dataclasses.field(repr=False)
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(LiveChunk) if field.name != "mp4")
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server is.
-
-    Args:
-        url: As the server prints it, `http://host:8000/`, with or without its `?token=`.
-        token: Instead of the one in `url`.
+    One that does not begin where the last one ended takes the place of all from there on: of what a prompt cut off,
+    what a fork left, or what a server that crashed has made again.
     """
 
-    url: str
-    token: str | None = None
-
-    @property
-    def http(self) -> str:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"the address of a server looks like http://127.0.0.1:8000, got '{self.url}'")
-        return f"{parts.scheme}://{parts.netloc}"
-
-    @property
-    def live(self) -> str:
-        return "ws" + self.http.removeprefix("http") + "/v1/live"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        given = parse_qs(urlsplit(self.url).query).get("token", [None])[0]
-        token = self.token or given
-        return {} if token is None else {"Authorization": f"Bearer {token}"}
+    mp4: bytes = Field(repr=False)
 
 
 class Conversation:
@@ -88,19 +33,23 @@ class Conversation:
         self.branch = 0
         self.queue_place = 0
         """1 is the next to come in; 0 with a slot."""
+        self.ahead = 2
+        self.lacks_chunks = False
+        """Whether chunks may have come to nobody while the connection was lost; until `lacking` is asked."""
+        self._returns = False
+        self._num_before = 0  # chunks that the session held when the client took it up
+        self._taken: set[int] = set()
         self._unplayed: int | None = None
 
     def take(self, message: str | bytes) -> LiveChunk | None:
-        """The chunk in a message, if it is one.
+        """The chunk in a message, if it is one that has not been taken.
 
         Raises:
             LiveError: the server says so; the connection may go on.
         """
         if isinstance(message, bytes):
             header, body = unpack(message)
-            made = LiveChunk(**{name: header[name] for name in _FIELDS}, mp4=body)
-            self._unplayed = made.chunk
-            return made
+            return self.take_chunk(LiveChunk(**header, mp4=body))
         header = json.loads(message)
         match header["type"]:
             case "hello":
@@ -110,24 +59,52 @@ class Conversation:
             case "queued":
                 self.queue_place = header["position"]
             case "started":
-                self.session, self.seed, self.branch = header["session"], header["seed"], header["branch"]
-                self.queue_place = 0
+                self._start(header)
             case "cut":
                 self.branch = header["branch"]
             case "error" if header["code"] != "not_saved":
                 raise LiveError(header["code"], header["message"])
         return None
 
+    def take_chunk(self, made: LiveChunk) -> LiveChunk | None:
+        """A chunk that came, however it came; None if it has come before."""
+        if made.chunk in self._taken:
+            return None
+        self._taken.add(made.chunk)
+        self._unplayed = made.chunk
+        return made
+
+    def returning(self) -> str | None:
+        """What to say on a new connection; None where there is no video yet to go on with."""
+        if self.session is None:
+            return None
+        self._returns = True
+        return Start(resume=self.session, ahead=self.ahead).model_dump_json()
+
+    def lacking(self, described: dict[str, Any]) -> list[TimelineChunk]:
+        """Of what `GET /v1/sessions/{id}` says: the end of the present branch, as far as it has come to nobody."""
+        self.lacks_chunks = False
+        timeline = Timeline.from_dict(described)
+        self.branch = timeline.branch
+        had = self._taken | set(sorted(timeline.chunks)[: self._num_before])
+        path = timeline.branch_path()
+        last = max((chunk.index for chunk in path if chunk.id in had), default=-1)
+        return path[last + 1 :]
+
+    def fetched(self, chunk: TimelineChunk, mp4: bytes) -> LiveChunk:
+        """One of `lacking`, whose file was fetched; what it took to make is not known any more."""
+        unknown = {"codec": "", "step_s": 0.0, "encode_s": 0.0, "timings": {}}
+        own = {"session": self.session, "chunk": chunk.id, "mp4": mp4}
+        return LiveChunk.model_validate({**vars(chunk), **unknown, **own})
+
     def played(self) -> str | None:
         """What to say before the next chunk: that the last one has been seen."""
         chunk, self._unplayed = self._unplayed, None
         return None if chunk is None else Played(chunk=chunk).model_dump_json()
 
-    def closed(self, code: int | None) -> LiveError:
-        """What to raise where the server hung up."""
-        why = {
-            1012: "it restarts; come back with resume",
-            1013: "its queue is full",
-            4408: "nothing was said for long",
-        }
-        return LiveError("closed", f"the server ended the connection: {why.get(code or 0, f'code {code}')}")
+    def _start(self, header: dict[str, Any]) -> None:
+        if not self._returns:
+            self._num_before = header["num_chunks"]
+        self.lacks_chunks |= self._returns
+        self._returns, self.queue_place = False, 0
+        self.session, self.seed, self.branch = header["session"], header["seed"], header["branch"]

@@ -32,8 +32,14 @@ class LiveClient:
     Arguments and methods are those of [`AsyncLiveClient`], which says more.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", token: str | None = None, timeout_s: float = 120.0) -> None:
-        self._live = AsyncLiveClient(url, token, timeout_s)
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        token: str | None = None,
+        timeout_s: float = 120.0,
+        reconnects: int = 60,
+    ) -> None:
+        self._live = AsyncLiveClient(url, token, timeout_s, reconnects)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="wan-client", daemon=True)
 
@@ -66,8 +72,9 @@ class LiveClient:
         ahead: int = 2,
         settings: Mapping[str, Any] | None = None,
         prompt_changes: Mapping[str, str] | None = None,
+        camera: bool = False,
     ) -> None:
-        self._wait(self._live.start(prompt, seed, image, resume, ahead, settings, prompt_changes))
+        self._wait(self._live.start(prompt, seed, image, resume, ahead, settings, prompt_changes, camera))
 
     def set_prompt(self, prompt: str, playhead: float | None = None) -> None:
         self._wait(self._live.set_prompt(prompt, playhead))
@@ -75,8 +82,17 @@ class LiveClient:
     def change(self, **settings: Any) -> None:
         self._wait(self._live.change(**settings))
 
-    def fork(self, chunk: int | None, prompt: str | None = None, seed: int | None = None) -> None:
-        self._wait(self._live.fork(chunk, prompt, seed))
+    def fork(
+        self,
+        chunk: int | None,
+        prompt: str | None = None,
+        seed: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._wait(self._live.fork(chunk, prompt, seed, settings))
+
+    def camera_frame(self, image: bytes) -> None:
+        self._wait(self._live.camera_frame(image))
 
     def pause(self) -> None:
         self._wait(self._live.pause())

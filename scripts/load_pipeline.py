@@ -137,7 +137,7 @@ def load_pipeline(config: GenerateConfig) -> Any:
     with _quiet_libraries():
         pipe = _load(model_folder(config), dtype)
         if config.tiny_vae is not None:
-            pipe.vae = _load_tiny_vae(config.tiny_vae, config.tiny_vae_latents, dtype)
+            pipe.vae = load_tiny_vae(config.tiny_vae, config.tiny_vae_latents, dtype)
         pipe.to(device)
         if config.vae_device is not None:
             pipe.vae.to(_pick_device(config.vae_device))
@@ -161,7 +161,8 @@ def set_scheduler(pipe: Any, config: GenerateConfig) -> None:
         pipe.scheduler = SelfForcingScheduler.from_config(pipe.scheduler.config, **overrides)
 
 
-def _load_tiny_vae(path: Path, latent_space: Any, dtype: Any) -> Any:
+def load_tiny_vae(path: Path, latent_space: Any, dtype: Any) -> Any:
+    """A folder, or a single file whose latents are of that kind; `ValueError` where it does not load."""
     from wan_autoregressive.models import AutoencoderTinyWan
 
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from wan_autoregressive.scripts.errors import print_note
-from wan_autoregressive.scripts.load_pipeline import check_model_folder, load_pipeline, model_folder
+from wan_autoregressive.scripts.load_pipeline import check_model_folder, load_pipeline, load_tiny_vae, model_folder
 from wan_autoregressive.scripts.serve_settings import add_settings, read_settings
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     place.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="page that may use it")
     place.add_argument("--no-page", action="store_true", help="the API alone")
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--slots", type=int, help="viewers at a time (default: as many as the model is fast for)")
+    limits.add_argument("--slots", type=int, help="viewers at a time (default: as many as it proves fast enough for)")
     limits.add_argument("--queue", type=int, default=8, help="viewers that may wait (default: 8)")
     limits.add_argument("--idle", type=float, default=120.0, help="seconds until a silent viewer goes (default: 120)")
     limits.add_argument("--max-seconds", type=float, default=600.0, help="video of one session (default: 600)")
@@ -48,6 +48,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     text = "with --state: save running videos so often, for a crash; 0 only when a viewer leaves (default: 8)"
     limits.add_argument("--checkpoint-every", type=int, default=8, metavar="CHUNKS", help=text)
     add_settings(parser)
+    text = "tiny VAE that shows a chunk at once, while the model's own makes what is kept; or a folder of the model's"
+    parser.add_argument("--preview-vae", type=Path, metavar="PATH", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,17 +76,18 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(_hold_state(folder))
         model = _load(args)
         chunk_s, step_s = model.measure()
-        slots = args.slots or max(1, int(chunk_s / step_s))
         limits = EngineLimits(
-            slots=slots,
+            slots=args.slots,
             queue=args.queue,
             max_seconds=args.max_seconds,
             snapshots=args.snapshots,
             checkpoint_every=args.checkpoint_every if args.state else 0,
         )
-        engine = Engine(model, folder, limits, cost_s=step_s)
+        engine = Engine(model, folder, limits, cost_s=step_s, chunk_s=chunk_s)
         app = build_app(engine, door, args.idle, page=not args.no_page)
-        print_note(f"a chunk of {chunk_s:.2f} s takes {step_s:.2f} s; viewers at a time: {slots}")
+        print_note(
+            f"a chunk of {chunk_s:.2f} s takes {step_s:.2f} s; viewers at a time: {engine.figures()['slots']:.0f}"
+        )
         print(_link(args.host, listening.getsockname()[1], door), flush=True)
         web_server(app, args.per_address).run(sockets=[listening])
     return 0
@@ -109,8 +112,21 @@ def _load(args: argparse.Namespace) -> LiveModel:
     check_model_folder(model_folder(config))
     if config.rollout.window_frames is None:
         raise ValueError("a live video has no end, so what it sees of its past must have one; set --window-frames")
+    preview_vae, path = None, _preview_path(args.preview_vae, model_folder(config))
     pipe = load_pipeline(config)
-    return LiveModel(pipe, config.rollout_settings(), config.fps, config.scale, model_folder(config).name)
+    if path is not None:
+        preview_vae = load_tiny_vae(path, config.tiny_vae_latents, pipe.transformer.dtype).to(pipe.device)
+    name = model_folder(config).name
+    return LiveModel(pipe, config.rollout_settings(), config.fps, config.scale, name, preview_vae)
+
+
+def _preview_path(given: Path | None, model: Path) -> Path | None:
+    if given is None:
+        return None
+    for path in (given, model / given):
+        if path.exists():
+            return path
+    raise ValueError(f"--preview-vae is '{given}', and there is no such file or folder, not in '{model}' either")
 
 
 @contextmanager

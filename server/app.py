@@ -119,7 +119,7 @@ class _Routes:
 
     async def model(self, request: Request) -> Response:
         """Sizes, frames per second, limits, settings that a viewer may choose, prompts to begin with."""
-        model, limits = self._engine.model, self._engine.limits
+        model, limits, slots = self._engine.model, self._engine.limits, int(self._engine.figures()["slots"])
         return JSONResponse(
             {
                 "protocol": PROTOCOL,
@@ -127,7 +127,7 @@ class _Routes:
                 "fps": model.fps,
                 "width": model.width * model.scale,
                 "height": model.height * model.scale,
-                "slots": limits.slots,
+                "slots": slots,
                 "max_seconds": limits.max_seconds,
                 "max_prompt_length": MAX_PROMPT_LENGTH,
                 "max_prompt_tokens": model.most_tokens,
@@ -156,7 +156,9 @@ class _Routes:
     async def session(self, request: Request) -> Response:
         """The timeline of a session: chunks, branches, prompts, seeds."""
         values = await self._describe(request)
-        return _no_session() if values is None else JSONResponse(values)
+        if values is None:
+            return _no_session()
+        return JSONResponse({name: value for name, value in values.items() if name != "made_by"})
 
     async def forget(self, request: Request) -> Response:
         """Forget a session and its files."""

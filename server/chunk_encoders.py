@@ -11,8 +11,10 @@ from wan_autoregressive.server.chunk_files import IMAGES_CODEC, codec_of, encode
 from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.live_session import LiveSession
-from wan_autoregressive.server.live_video import MadeChunk
+from wan_autoregressive.server.made_chunk import MadeChunk
 from wan_autoregressive.server.messages import ChunkReady
+from wan_autoregressive.server.timeline import TimelineChunk
+from wan_autoregressive.server.video_folder import VideoFolder
 
 _THREADS = 2
 
@@ -60,23 +62,52 @@ class ChunkEncoders:
                 self._on_failure(session, error)
 
     def _encode(self, session: LiveSession, made: MadeChunk) -> None:
+        """A preview is sent and not kept, what follows it is kept and not sent, any other chunk is both."""
         started = time.perf_counter()
-        entry, folder, transport = made.entry, session.video.folder, session.transport
-        files = {"webp": encode_thumbnail(made.frames[0])}
+        transport, message = session.transport, None
+        files = self._files(made, transport)
+        body = files[transport]
+        _write(session.video.folder, made, files)
+        took = time.perf_counter() - started
+        timings = _seconds(made)
+        self._figures.add({"video_s": took})
+        if not made.is_preview:
+            self._figures.add({**timings, "frames": made.entry.frames})
+        if not made.was_shown:
+            codec = codec_of(body) if transport == "mp4" else IMAGES_CODEC
+            message = self._message(session, made, timings, took, codec)
+            self._figures.add({"bytes": len(body)})
+            with self._lock:
+                session.measured(sum(timings.values()) + took)
+        self._send(session, made.entry, message, body)
+
+    def _files(self, made: MadeChunk, transport: str) -> dict[str, bytes]:
+        """By kind; the mp4 last, since it makes a chunk count."""
+        files = {} if made.was_shown else {"webp": encode_thumbnail(made.frames[0])}
         if transport == "images":
             files["images"] = encode_images(made.frames)
-        files["mp4"] = encode_mp4(made.frames, self._model.fps, self._model.scale)  # last: it makes a chunk count
-        try:
-            for kind, data in files.items():
-                folder.chunk_path(entry.id, kind).write_bytes(data)
-        except OSError:  # no half of an mp4
-            folder.remove_chunk(entry.id)
-            raise
-        body = files[transport]
-        took = time.perf_counter() - started
-        timings = {name: round(seconds, 4) for name, seconds in made.chunk.timings.as_dict().items()}
-        step_s = sum(timings.values())
-        message = ChunkReady(
+        if transport == "mp4" or not made.is_preview:
+            files["mp4"] = encode_mp4(made.frames, self._model.fps, self._model.scale)
+        return files
+
+    def _send(self, session: LiveSession, entry: TimelineChunk, message: ChunkReady | None, body: bytes) -> None:
+        with session.video.lock:  # so that no chunk follows the cut that drops it
+            kept = entry.id in session.video.timeline.chunks
+            if kept and message is not None:
+                session.emit(message, body)
+        if kept:
+            return
+        session.video.folder.remove_chunk(entry.id)
+        if message is not None:
+            with self._lock:
+                session.was_sent()
+                self._lock.notify_all()
+
+    def _message(
+        self, session: LiveSession, made: MadeChunk, timings: dict[str, float], encode_s: float, codec: str
+    ) -> ChunkReady:
+        entry = made.entry
+        return ChunkReady(
             session=session.id,
             chunk=entry.id,
             parent=entry.parent,
@@ -86,20 +117,29 @@ class ChunkEncoders:
             frames=entry.frames,
             prompt=entry.prompt,
             near=entry.near,
-            codec=codec_of(body) if transport == "mp4" else IMAGES_CODEC,
-            step_s=round(step_s, 4),
-            encode_s=round(took, 4),
+            preview=made.is_preview,
+            codec=codec,
+            step_s=round(sum(timings.values()), 4),
+            encode_s=round(encode_s, 4),
             timings=timings,
         )
-        self._figures.add({**timings, "video_s": took, "frames": entry.frames, "bytes": len(body)})
-        with self._lock:
-            session.measured(step_s + took)
-        with session.video.lock:  # so that no chunk follows the cut that drops it
-            kept = entry.id in session.video.timeline.chunks
-            if kept:
-                session.emit(message, body)
-        if not kept:
-            folder.remove_chunk(entry.id)
-            with self._lock:
-                session.was_sent()
-                self._lock.notify_all()
+
+
+def _write(folder: VideoFolder, made: MadeChunk, files: dict[str, bytes]) -> None:
+    """Of a preview only the thumbnail."""
+    try:
+        for kind, data in files.items():
+            if kind == "webp" or not made.is_preview:
+                folder.chunk_path(made.entry.id, kind).write_bytes(data)
+    except OSError:  # no half of an mp4
+        folder.remove_chunk(made.entry.id)
+        raise
+
+
+def _seconds(made: MadeChunk) -> dict[str, float]:
+    """By stage; those of a preview without the full decode, which goes on meanwhile."""
+    timings = made.chunk.timings
+    seconds = {**timings.as_dict(), "preview_s": timings.preview_s}
+    if made.is_preview:
+        seconds["decode_s"] = 0.0
+    return {name: round(value, 4) for name, value in seconds.items()}

@@ -23,6 +23,7 @@ from wan_autoregressive.server.live_session import Emit, LiveSession, nobody
 from wan_autoregressive.server.live_video import LiveVideo
 from wan_autoregressive.server.messages import ChangePrompt, Command, Error, Fork, Pause, Played, Resume, Start
 from wan_autoregressive.server.model_thread import ModelThread, save
+from wan_autoregressive.server.pace import Pace
 from wan_autoregressive.server.parked_videos import ParkedVideos
 from wan_autoregressive.server.seats import Seats
 from wan_autoregressive.server.video_plan import VideoPlan
@@ -38,18 +39,22 @@ class Engine:
     Args:
         folder: Where the sessions are; what an earlier engine saved there can be gone on with.
         cost_s: Seconds that a chunk takes, until it has been measured.
+        chunk_s: Seconds of video in it.
     """
 
-    def __init__(self, model: LiveModel, folder: Path, limits: EngineLimits, cost_s: float = 0.5) -> None:
+    def __init__(
+        self, model: LiveModel, folder: Path, limits: EngineLimits, cost_s: float = 0.5, chunk_s: float = 0.75
+    ) -> None:
         self.model, self.limits, self.folder = model, limits, folder
         self._cost_s = cost_s
         self._changed = threading.Condition(threading.RLock())
         self._figures = Figures()
-        self._seats = Seats(limits)
+        pace = Pace(cost_s, chunk_s)
+        self._seats = Seats(limits.slots or pace.viewers, limits.queue)
         self._parked = ParkedVideos(folder, limits.parked)
         self._encoders = ChunkEncoders(model, self._changed, self._figures, self._failed)
         self._thread = ModelThread(
-            *(self._changed, self._seats, self._encoders, self._figures, limits, model.fps),
+            *(self._changed, self._seats, self._encoders, self._figures, pace, limits, model.fps),
             on_failure=self._failed,
             on_left=self._left,
         )
@@ -152,6 +157,7 @@ class Engine:
         """Counts and seconds since the start, and who is there now."""
         with self._changed:
             now = {
+                "slots": self._seats.slots,
                 "active": self._seats.num_watched,
                 "queued": len(self._seats.waiting),
                 "leaving": len(self._seats.leaving),

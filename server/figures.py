@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
-STAGES = ("text", "encode", "clean_pass", "denoise", "decode", "video")
+STAGES = ("text", "encode", "clean_pass", "denoise", "preview", "decode", "video")
 """Where a chunk's seconds go: the stages of a rollout, and the mp4."""
 _COUNTED = ("steps", "repeated", "step_s", "frames", "bytes", "cuts", "dropped", "failures")
 

@@ -21,8 +21,8 @@ class PromptError(ValueError):
 class EngineLimits:
     """Bounds of what the engine does and holds."""
 
-    slots: int = 1
-    """Sessions that are watched at the same time."""
+    slots: int | None = 1
+    """Sessions that are watched at the same time; None for as many as the model is fast enough for."""
     queue: int = 8
     """Sessions that may wait."""
     max_seconds: float = 600.0

@@ -6,7 +6,9 @@ import copy
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.pipeline_wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.server.limits import PromptError
+from wan_autoregressive.server.made_by import made_by
 
 _WARM_UP_STEPS = 3
 _OWN_SETTINGS = ("num_frames", "output_type", "strength")
@@ -33,6 +36,7 @@ class LiveModel:
         fps: Frames per second that the model was trained for.
         scale: How often every pixel is repeated in the video.
         name: For the reader.
+        preview_vae: A second VAE, whose frames are shown at once; those of the full one are what is kept.
     """
 
     pipe: WanAutoregressivePipeline
@@ -40,12 +44,32 @@ class LiveModel:
     fps: float = 16.0
     scale: int = 1
     name: str = ""
+    preview_vae: torch.nn.Module | None = None
     _tokenizer: Any = field(init=False, repr=False)
     _tokenizing: threading.Lock = field(init=False, repr=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         # Its own: tokenizers hold state while they work, and the pipeline's is used by the model's thread.
         object.__setattr__(self, "_tokenizer", copy.deepcopy(self.pipe.tokenizer))
+
+    @cached_property
+    def made_by(self) -> dict[str, Any]:
+        """What every video of this model is bound to, see `made_by`."""
+        return made_by(self)
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """What videos are begun with where their viewers say nothing else, as JSON."""
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()}
+        if own.get("denoising_steps") is None and own.get("num_inference_steps") is None:
+            own["denoising_steps"] = [float(step) for step in self.pipe.scheduler.config.denoising_steps]
+        return own
+
+    def with_settings(self, own: Mapping[str, Any]) -> LiveModel:
+        """The same model, as it was when `own_settings` were these."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "settings", dict(own))
+        return twin
 
     @property
     def height(self) -> int:
@@ -79,11 +103,22 @@ class LiveModel:
         image: Any = None,
         settings: Mapping[str, Any] | None = None,
         source: Iterator[Any] | None = None,
+        preview: bool = True,
     ) -> WanRollout:
-        """Begin an endless video: from nothing, from an image, or made anew from the frames of a source."""
-        generator = torch.Generator().manual_seed(seed)
+        """Begin an endless video: from nothing, from an image, or made anew from the frames of a source.
+
+        Args:
+            preview: With the preview VAE, if there is one.
+        """
         values = self._rollout_settings(settings or {})
-        return self.pipe.rollout(prompt, image=image, video=source, generator=generator, **values)
+        return self.pipe.rollout(
+            prompt,
+            image=image,
+            video=source,
+            generator=torch.Generator().manual_seed(seed),
+            preview_vae=self.preview_vae if preview else None,
+            **values,
+        )
 
     def run_up_frames(self, settings: Mapping[str, Any]) -> int:
         """Latent frames that `start_behind` takes, which fill three chunks; 0 where that cannot be done.
@@ -105,7 +140,12 @@ class LiveModel:
         return -(-latent_frames // self.config({}).chunk_frames)
 
     def start_behind(
-        self, latents: torch.Tensor, noise: torch.Tensor, prompt: str, settings: Mapping[str, Any]
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        prompt: str,
+        settings: Mapping[str, Any],
+        preview: bool = True,
     ) -> WanRollout:
         """Begin a video with given latents that goes on nearly as theirs did; they are its first chunks.
 
@@ -115,16 +155,24 @@ class LiveModel:
         """
         generator = torch.Generator()
         generator.set_state(noise)
-        values = self._rollout_settings(settings)
-        return self.pipe.rollout(prompt, generator=generator, video_latents=latents.to(self.pipe.device), **values)
+        return self.pipe.rollout(
+            prompt,
+            generator=generator,
+            video_latents=latents.to(self.pipe.device),
+            preview_vae=self.preview_vae if preview else None,
+            **self._rollout_settings(settings),
+        )
 
-    def resume(self, folder: Path) -> WanRollout:
+    def resume(self, folder: Path, preview: bool = True) -> WanRollout:
         """Go on with a saved one; `ValueError` if it was made by another model."""
+        if preview and self.preview_vae is not None:
+            with suppress(ValueError):  # one that was saved without a preview goes on without
+                return self.pipe.resume(folder, preview_vae=self.preview_vae)
         return self.pipe.resume(folder)
 
     def measure(self) -> tuple[float, float]:
         """Run a few steps, so that no visitor waits for the first: seconds of video in a chunk, seconds to make it."""
-        grey = None
+        grey, _ = None, self.made_by  # which reads weights
         if self.pipe.wan_components().condition_channels:
             grey = Image.new("RGB", (self.width, self.height), "grey")
         rollout = self.start("a red circle moving right on a navy background", 0, grey)

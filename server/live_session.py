@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-from wan_autoregressive.server.live_video import LiveVideo, MadeChunk
+from wan_autoregressive.server.live_video import LiveVideo
+from wan_autoregressive.server.made_chunk import MadeChunk
 from wan_autoregressive.server.messages import ChangePrompt, ChangeSettings, Error, Fork, ServerMessage, Start
 from wan_autoregressive.server.timeline import TimelineChunk
 

@@ -10,33 +10,25 @@ Only in a video that is made from a camera there is no way back: its frames are 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from wan_autoregressive.pipelines.outputs import WanVideoChunk
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.pipelines.snapshots import Snapshots
 from wan_autoregressive.server.live_model import LiveModel
+from wan_autoregressive.server.made_by import check_made_by
+from wan_autoregressive.server.made_chunk import MadeChunk
 from wan_autoregressive.server.timeline import Decisions, Timeline, TimelineChunk
 from wan_autoregressive.server.video_folder import VideoFolder
 from wan_autoregressive.server.video_plan import VideoPlan
 
 MOST_REPEATED = 8
 """Chunks that are made again, unseen, for the sake of exactness."""
-
-
-@dataclass(frozen=True)
-class MadeChunk:
-    """A new chunk of the timeline with its pixels, `(frames, height, width, 3)` in uint8."""
-
-    entry: TimelineChunk
-    frames: npt.NDArray[np.uint8]
-    chunk: WanVideoChunk
 
 
 class LiveVideo:
@@ -99,16 +91,20 @@ class LiveVideo:
         done = 0 if self._rollout is None else self._rollout.frames_done
         return len(self._to_repeat) + self._model.num_chunks(max(0, self._run_up_frames - done))
 
-    def advance(self) -> MadeChunk | None:
-        """Make the next chunk; or, on the way to a place that no snapshot holds, one before it and give nothing."""
+    def advance(self, on_preview: Callable[[MadeChunk], None] | None = None) -> MadeChunk | None:
+        """Make the next chunk; or, on the way to a place that no snapshot holds, one before it and give nothing.
+
+        Args:
+            on_preview: Called with a new chunk before its pixels are decoded in full, where there is a preview VAE.
+        """
         rollout = self._open()
         try:
-            return self._step(rollout)
+            return self._step(rollout, on_preview)
         except BaseException:  # half-written: whoever tries again begins at a snapshot
             self._rollout, self._to_repeat = None, []
             raise
 
-    def _step(self, rollout: WanRollout) -> MadeChunk | None:
+    def _step(self, rollout: WanRollout, on_preview: Callable[[MadeChunk], None] | None) -> MadeChunk | None:
         if rollout.frames_done < self._run_up_frames:
             rollout.step()
             return None
@@ -118,7 +114,16 @@ class LiveVideo:
             rollout.noise.generator.manual_seed(decided.seed)  # type: ignore[union-attr]
         if decided.settings:
             rollout.change(**decided.settings)
+        shown: list[TimelineChunk] = []
+
+        def show(chunk: WanVideoChunk) -> None:
+            shown.append(self._enter(rollout, chunk, len(chunk.preview[0]), decided))
+            if on_preview is not None:
+                on_preview(MadeChunk(shown[0], chunk.preview[0], chunk, is_preview=True))
+
+        rollout.on_preview = None if repeated else show
         made = rollout.step(prompt=decided.prompt)
+        rollout.on_preview = None
         if repeated:
             self._to_repeat.pop(0)
             self._keep(repeated.id, rollout)
@@ -126,13 +131,19 @@ class LiveVideo:
         frames = made.frames[0]
         if self.stop_frame is not None:
             frames = frames[: self.stop_frame - self._next_frame]
-        noise = rollout.noise.generator.get_state()  # type: ignore[union-attr]
-        self.folder.write_latents(self.timeline.next_id, made.latents, noise)
-        with self.lock:
-            entry = self.timeline.append(self._next_frame, len(frames), self.prompt, decided, self._next_is_near)
-        self.plan.next, self._next_is_near = Decisions(), False
+        entry = shown[0] if shown else self._enter(rollout, made, len(frames), decided)
         self._keep(entry.id, rollout)
-        return MadeChunk(entry, frames, made)
+        return MadeChunk(entry, frames, made, was_shown=bool(shown and on_preview))
+
+    def _enter(self, rollout: WanRollout, made: WanVideoChunk, frames: int, decided: Decisions) -> TimelineChunk:
+        """Put a new chunk on the timeline."""
+        if self.plan.source is None:  # else there is no way back that would need them
+            noise = rollout.noise.generator.get_state()  # type: ignore[union-attr]
+            self.folder.write_latents(self.timeline.next_id, made.latents, noise)
+        with self.lock:
+            entry = self.timeline.append(self._next_frame, frames, self.prompt, decided, self._next_is_near)
+        self.plan.next, self._next_is_near = Decisions(), False
+        return entry
 
     def change_prompt(self, prompt: str, after: int | None) -> list[int]:
         """Go on with another prompt after a chunk of the present branch; what comes later is dropped, ids returned."""
@@ -174,7 +185,7 @@ class LiveVideo:
         tip = self.timeline.tip
         if self._rollout is not None and not (self._to_repeat or self._next_is_near or self.plan.source):
             self.folder.save_rollout(tip, self._rollout)
-        self.folder.write_description(self.describe())
+        self._write_description()
         if self.folder.has_rollout(tip):  # else an older one is what to begin from
             self.folder.remove_rollouts(but=tip)
 
@@ -185,6 +196,7 @@ class LiveVideo:
                 "prompt": self.first_prompt,
                 "seed": self.seed,
                 **self.plan.as_dict(),
+                "server_settings": self._model.own_settings,
                 "from_image": self._image is not None,
                 "fps": self._model.fps,
                 **self.timeline.as_dict(),
@@ -192,14 +204,16 @@ class LiveVideo:
 
     @classmethod
     def load(cls, model: LiveModel, path: Path, snapshots: int = 8, stop_frame: int | None = None) -> LiveVideo:
-        """Take up what `save` wrote.
+        """Take up what `save` wrote. It goes on with the settings that its server had, whatever this one has.
 
         Raises:
-            ValueError, OSError: it is damaged, or made from a camera. That it was made with another model, `advance`
-                says.
+            ValueError, OSError: it is damaged, made from a camera, or by another model.
         """
         folder = VideoFolder(path)
         values = folder.read_description()
+        if "made_by" in values:  # else it was saved by an older version
+            check_made_by(values["made_by"], model)
+            model = model.with_settings(values["server_settings"])
         plan = VideoPlan.from_dict(values)
         image = folder.read_image() if values["from_image"] else None
         video = cls(model, path, values["prompt"], values["seed"], image, snapshots, plan, stop_frame)
@@ -207,15 +221,18 @@ class LiveVideo:
         video._mend()
         return video
 
+    def _write_description(self) -> None:
+        self.folder.write_description({**self.describe(), "made_by": self._model.made_by})
+
     def _mend(self) -> None:
         """After a crash: what came behind the last save is lost, and what cannot be shown any more is left out."""
-        on_disk, timeline = self.folder.chunks, self.timeline
-        later = on_disk - timeline.chunks.keys()
-        timeline.remove(timeline.chunks.keys() - on_disk)
-        if later:
-            timeline.next_id = max(timeline.next_id, max(later) + 1)  # a viewer may hold chunks of these numbers
-            self.folder.write_description(self.describe())
-            for chunk in later:
+        numbers, timeline = self.folder.numbers, self.timeline
+        timeline.remove(timeline.chunks.keys() - self.folder.chunks)
+        lost = numbers - timeline.chunks.keys()
+        if lost:
+            timeline.next_id = max(timeline.next_id, max(lost) + 1)  # a viewer may hold chunks of these numbers
+            self._write_description()
+            for chunk in lost:
                 self.folder.remove_chunk(chunk)
 
     @property
@@ -227,6 +244,11 @@ class LiveVideo:
     def _next_frame(self) -> int:
         """First pixel frame of the next chunk."""
         return 0 if self._tip is None else self._tip.stop_frame
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether somebody sees it come: else it has no preview."""
+        return self.stop_frame is None
 
     @property
     def _present_prompt(self) -> str:
@@ -265,9 +287,11 @@ class LiveVideo:
             if self._image is not None:
                 self.folder.write_image(self._image)
             plan = self.plan
-            rollout = self._model.start(self.first_prompt, self.seed, self._image, plan.settings, plan.source)
+            rollout = self._model.start(
+                *(self.first_prompt, self.seed, self._image, plan.settings, plan.source), preview=self._is_watched
+            )
         else:
-            rollout = self._model.resume(self.folder.rollout_path(place))
+            rollout = self._model.resume(self.folder.rollout_path(place), preview=self._is_watched)
         self._keep(place, rollout)
         return rollout
 
@@ -283,7 +307,8 @@ class LiveVideo:
         self._run_up_frames = self._model.run_up_frames(settings)
         last = path[-self._model.num_chunks(self._run_up_frames) :]
         latents, noise = self.folder.read_latents([part.id for part in last])
-        return self._model.start_behind(latents[:, :, -self._run_up_frames :], noise, path[-1].prompt, settings)
+        latents = latents[:, :, -self._run_up_frames :]
+        return self._model.start_behind(latents, noise, path[-1].prompt, settings, preview=self._is_watched)
 
     def _keep(self, place: int | None, rollout: WanRollout) -> None:
         if self.plan.source is None:

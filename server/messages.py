@@ -195,6 +195,8 @@ class ChunkReady(ServerMessage):
     prompt: str
     near: bool
     """Right before it the past was made anew from latents: near to what it was, not the same."""
+    preview: bool = False
+    """The preview VAE's frames, and nothing that is kept: the file of the chunk will hold the full VAE's."""
     codec: str
     step_s: float
     encode_s: float

@@ -15,6 +15,7 @@ _HELP = {
     "cuts": ("counter", "cuts_total", "Changes of prompt and forks"),
     "dropped": ("counter", "dropped_chunks_total", "Chunks made ahead that a change of prompt cut off"),
     "failures": ("counter", "failures_total", "Sessions that failed"),
+    "slots": ("gauge", "slots", "Sessions that can be watched at a time"),
     "active": ("gauge", "sessions_active", "Sessions with a slot"),
     "queued": ("gauge", "sessions_queued", "Sessions that wait for a slot"),
     "leaving": ("gauge", "sessions_leaving", "Sessions that are being saved"),

@@ -11,7 +11,9 @@ from wan_autoregressive.server.chunk_encoders import ChunkEncoders
 from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.limits import EngineLimits
 from wan_autoregressive.server.live_session import LiveSession, cut_point
+from wan_autoregressive.server.made_chunk import MadeChunk
 from wan_autoregressive.server.messages import ChangePrompt, ChangeSettings, Cut, Error, Fork, LiveSettings
+from wan_autoregressive.server.pace import Pace
 from wan_autoregressive.server.seats import Seats
 
 logger = logging.getLogger(__name__)
@@ -32,13 +34,14 @@ class ModelThread:
         seats: Seats,
         encoders: ChunkEncoders,
         figures: Figures,
+        pace: Pace,
         limits: EngineLimits,
         fps: float,
         on_failure: Callable[[LiveSession, Exception], None],
         on_left: Callable[[LiveSession, bool], None],
     ) -> None:
         self._lock, self._seats, self._encoders, self._figures = lock, seats, encoders, figures
-        self._limits, self._fps, self._on_failure, self._on_left = limits, fps, on_failure, on_left
+        self._pace, self._limits, self._fps, self._on_failure, self._on_left = pace, limits, fps, on_failure, on_left
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="wan-model", daemon=True)
         self._thread.start()
@@ -90,19 +93,30 @@ class ModelThread:
 
     def _make_chunk(self, session: LiveSession) -> None:
         # Before a chunk, not after it: only what is encoded can be shown again after a crash.
-        if 0 < self._limits.checkpoint_every <= session.unsaved and not session.encoding:
+        if 0 < self._limits.checkpoint_every <= session.unsaved:
+            with self._lock:
+                self._lock.wait_for(lambda: not session.encoding)
             session.unsaved = 0
             save(session)
         started = time.perf_counter()
-        made = session.video.advance()
+        made = session.video.advance(lambda preview: self._hand_on(session, preview))
         took = time.perf_counter() - started
         self._figures.add({"step_s": took, "steps" if made else "repeated": 1})
         if made is None:
             return
+        self._hand_on(session, made)
         with self._lock:
-            session.made = made.entry.index
-            session.unsent += 1
-            session.unsaved += 1
+            self._pace.measured(took, made.entry.frames / self._fps)
+            if self._limits.slots is None:
+                self._seats.resize(self._pace.viewers)
+
+    def _hand_on(self, session: LiveSession, made: MadeChunk) -> None:
+        """A new chunk, its preview, or what follows that."""
+        if not made.was_shown:
+            with self._lock:
+                session.made = made.entry.index
+                session.unsent += 1
+                session.unsaved += 1
         self._encoders.encode(session, made)
 
     def _obey(self, session: LiveSession, command: ChangePrompt | Fork | ChangeSettings) -> None:

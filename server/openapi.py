@@ -13,11 +13,19 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from wan_autoregressive._version import __version__
+from wan_autoregressive.configs import GenerateConfig
 from wan_autoregressive.server.job_routes import VideoRequest
 from wan_autoregressive.server.messages import ClientMessage, ServerMessage
+from wan_autoregressive.server.schedule import NOT_TAKEN
 
 _TYPES = {"int": "integer", "str": "string"}
 _SCHEMAS = "#/components/schemas/"
+_BODIES: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "/v1/images": (None, ("image/png", "image/jpeg", "image/webp")),
+    "/v1/schedules": ("SettingsFile", ("application/yaml",)),
+    "/v1/videos": ("VideoRequest", ("multipart/form-data", "application/json")),
+}
+"""Of what is posted: the name of its schema, and its media types."""
 
 
 def openapi_routes(routes: Iterable[BaseRoute]) -> list[Route]:
@@ -90,10 +98,10 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         ],
         "responses": {"200": {"description": "as it says"}, "4XX": {"$ref": "#/components/responses/Error"}},
     }
-    if route.path == "/v1/videos" and method == "POST":
-        schema = {"$ref": f"{_SCHEMAS}VideoRequest"}
-        kinds = ("multipart/form-data", "application/json")
-        operation["requestBody"] = {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}
+    if method == "POST" and route.path in _BODIES:
+        name, kinds = _BODIES[route.path]
+        content = {} if name is None else {"schema": {"$ref": _SCHEMAS + name}}
+        operation["requestBody"] = {"required": True, "content": dict.fromkeys(kinds, content)}
     return operation
 
 
@@ -106,8 +114,24 @@ def _schemas() -> dict[str, Any]:
     models: list[type[BaseModel]] = [*server, VideoRequest]
     for model in models:
         schemas[model.__name__] = model.model_json_schema(ref_template=_SCHEMAS + "{model}")
+    schemas["SettingsFile"] = _settings_file()
     schemas["ServerMessage"] = {"oneOf": [{"$ref": _SCHEMAS + model.__name__} for model in server]}
     return schemas
+
+
+def _settings_file() -> dict[str, Any]:
+    """What `wan-ar generate --config` takes and a live video can have, all on one level."""
+    described = GenerateConfig.model_json_schema()
+    rollout = described["$defs"][described["properties"].pop("rollout")["$ref"].rsplit("/", 1)[1]]
+    properties = {**described["properties"], **rollout["properties"]}
+    return {
+        "type": "object",
+        "title": "SettingsFile",
+        "description": "As yaml; what differs from the server's own is refused where no viewer may choose it.",
+        "properties": {name: value for name, value in properties.items() if name not in NOT_TAKEN},
+        "required": ["prompt"],
+        "additionalProperties": False,
+    }
 
 
 def _path(path: str) -> str:

@@ -14,6 +14,7 @@ from wan_autoregressive.configs.read_yaml import parse_yaml
 from wan_autoregressive.demo import DEMO, demo_checkpoint
 from wan_autoregressive.server.live_model import LiveModel
 from wan_autoregressive.server.live_settings import check_settings
+from wan_autoregressive.server.made_by import check_made_by
 from wan_autoregressive.server.messages import LiveSettings
 from wan_autoregressive.server.timeline import Timeline
 from wan_autoregressive.server.video_folder import IMAGE_NAME
@@ -21,6 +22,8 @@ from wan_autoregressive.server.video_folder import IMAGE_NAME
 MAX_BYTES = 64 * 1024
 _WITHOUT_MEANING = {"num_frames", "output_type", "park_vae_state", "strength"}
 """Settings of a rollout that do not have to agree with the server's."""
+NOT_TAKEN = ("prompts", "video", "strength")
+"""Of a settings file: a live video has none of these."""
 
 
 def export_schedule(values: dict[str, Any], branch: int | None, model: LiveModel) -> str:
@@ -33,9 +36,11 @@ def export_schedule(values: dict[str, Any], branch: int | None, model: LiveModel
         KeyError: there is no branch of that number.
         ValueError: it has no chunk yet, or something was done that no settings file can say.
     """
-    path = Timeline.from_dict(values).branch_path(branch)
+    path, model = Timeline.from_dict(values).branch_path(branch), _model_of(values, model)
     if not path:
         raise ValueError("there is no chunk yet")
+    if "made_by" in values:  # it is not open here, and may be from another time
+        check_made_by(values["made_by"], model)
     if values.get("from_camera"):
         raise ValueError("a video from the camera cannot be rendered again")
     for chunk in path:
@@ -72,7 +77,7 @@ def import_schedule(text: str, model: LiveModel) -> dict[str, Any]:
     changes = given.get("prompt_changes")
     if not isinstance(changes, dict | None):  # a name of a file would be one of the server's
         raise ValueError("prompt_changes must be times and prompts, such as '5s: it snows'")
-    for name in ("prompts", "video", "strength"):
+    for name in NOT_TAKEN:
         if given.get(name) is not None:
             raise ValueError(f"{name} cannot be used here; take it out of the file")
     given = {**given, "prompt_changes": {str(time): prompt for time, prompt in (changes or {}).items()} or None}
@@ -101,7 +106,7 @@ def import_schedule(text: str, model: LiveModel) -> dict[str, Any]:
 
 def describe_making(values: dict[str, Any], branch: int | None, model: LiveModel) -> dict[str, Any]:
     """How a branch was made, for the JSON beside its mp4. `KeyError` if there is none of that number."""
-    path = Timeline.from_dict(values).branch_path(branch)
+    path, model = Timeline.from_dict(values).branch_path(branch), _model_of(values, model)
     return {
         **{name: values[name] for name in ("session", "model", "fps", "seed", "from_image")},
         "from_camera": values.get("from_camera", False),
@@ -109,6 +114,11 @@ def describe_making(values: dict[str, Any], branch: int | None, model: LiveModel
         "frames": path[-1].stop_frame if path else 0,
         "chunks": [dataclasses.asdict(chunk) for chunk in path],
     }
+
+
+def _model_of(values: dict[str, Any], model: LiveModel) -> LiveModel:
+    """With the settings that it had when the video was begun."""
+    return model.with_settings(values["server_settings"]) if "server_settings" in values else model
 
 
 def _rollout_keys(model: LiveModel, settings: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +132,7 @@ def _rollout_keys(model: LiveModel, settings: dict[str, Any]) -> dict[str, Any]:
     }
     keys = {name: value for name, value in keys.items() if value is not None}
     if config.num_inference_steps is None:
-        keys["denoising_steps"] = _steps(model)
+        keys["denoising_steps"] = config.denoising_steps or _steps(model)
     scheduler = model.pipe.scheduler.config
     return _plain({**keys, "shift": float(scheduler.shift), "warp": bool(scheduler.warp)})
 

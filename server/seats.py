@@ -5,16 +5,21 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from wan_autoregressive.server.limits import EngineLimits, QueueFullError
+from wan_autoregressive.server.limits import QueueFullError
 from wan_autoregressive.server.live_session import LiveSession
 from wan_autoregressive.server.messages import Queued, Started
 
 
 class Seats:
-    """The sessions in memory. Guarded by the engine's lock; tells viewers when their place changes."""
+    """The sessions in memory. Guarded by the engine's lock; tells viewers when their place changes.
 
-    def __init__(self, limits: EngineLimits) -> None:
-        self._limits = limits
+    Args:
+        slots: Sessions that are watched at the same time.
+        queue: Sessions that may wait.
+    """
+
+    def __init__(self, slots: int, queue: int) -> None:
+        self.slots, self._queue = slots, queue
         self.active: dict[str, LiveSession] = {}
         """With a slot, or at work in the background."""
         self.waiting: deque[LiveSession] = deque()
@@ -35,9 +40,13 @@ class Seats:
 
     def check_room(self) -> None:
         """Raise `QueueFullError` if nobody can come in, not even to wait."""
-        slots, queue = self._limits.slots, self._limits.queue
-        if self.num_watched >= slots and len(self.waiting) >= queue:
-            raise QueueFullError(f"all {slots} slots are taken and {queue} viewers wait")
+        if self.num_watched >= self.slots and len(self.waiting) >= self._queue:
+            raise QueueFullError(f"all {self.slots} slots are taken and {self._queue} viewers wait")
+
+    def resize(self, slots: int) -> None:
+        """Have so many slots from now on. Whoever has one keeps it."""
+        self.slots = slots
+        self.admit()
 
     def take(self, session: LiveSession) -> None:
         """Give a session a slot, or a place in the queue."""
@@ -67,7 +76,7 @@ class Seats:
     def admit(self) -> None:
         """Let those who wait in as far as there are slots, and tell the others how their place changed."""
         before = len(self.waiting)
-        while self.waiting and self.num_watched < self._limits.slots:
+        while self.waiting and self.num_watched < self.slots:
             self._seat(self.waiting.popleft())
         if len(self.waiting) != before:
             self._tell_waiting()

@@ -67,6 +67,11 @@ class VideoFolder:
         """Numbers of the chunks that can be shown."""
         return {int(path.stem) for path in self._chunks.glob("*.mp4") if path.stem.isdecimal()}
 
+    @property
+    def numbers(self) -> set[int]:
+        """Numbers of which there is any file, such as what a chunk was to be decoded from."""
+        return {int(path.stem) for path in self._chunks.iterdir() if path.stem.isdecimal()}
+
     def write_latents(self, chunk: int, latents: torch.Tensor, noise: torch.Tensor) -> None:
         """Keep what a chunk was decoded from.
 

@@ -1,7 +1,8 @@
-// The WebSocket: messages in and out, and coming back when it is lost.
+// The WebSocket: messages in and out, and coming back when it is lost. The Python client comes back by the same rules.
 
-const LOST = [1001, 1005, 1006, 1012];
+const LOST = [1001, 1005, 1006, 1011, 1012];
 const MOST_RETRIES = 60;
+const FIRST_WAIT_MS = 250;
 const MOST_WAIT_MS = 4000;
 
 export class Connection {
@@ -33,7 +34,7 @@ export class Connection {
     this.socket = null;
     if (!LOST.includes(code) || !this.resume() || this.retries >= MOST_RETRIES) return this.ended(code);
     this.lost();
-    this.timer = setTimeout(() => this.again(), Math.min(MOST_WAIT_MS, 250 * 2 ** this.retries++));
+    this.timer = setTimeout(() => this.again(), Math.min(MOST_WAIT_MS, FIRST_WAIT_MS * 2 ** this.retries++));
   }
 
   again() {

@@ -36,11 +36,12 @@ export class Figures {
     const path = this.video.path(), newest = path.at(-1), ms = (seconds) => `${Math.round(seconds * 1000)} ms`;
     const { width, height, pixel_scale: scale, fps } = this.model;
     const rows = { model: this.model.model, picture: `${width / scale} × ${height / scale}, ${fps}/s` };
+    if (newest?.preview) rows['shown at once'] = 'a preview';
     if (this.shownAt.length > 1) {
       const span = (this.shownAt.at(-1) - this.shownAt[0]) / 1000;
       rows['shown'] = `${((this.shownAt.length - 1) / span).toFixed(1)} frames/s`;
     }
-    if (newest?.step_s) rows['can be made'] = `${(newest.frames / (newest.step_s + newest.encode_s)).toFixed(1)} frames/s`;
+    if (newest?.step_s && !newest.preview) rows['can be made'] = `${(newest.frames / (newest.step_s + newest.encode_s)).toFixed(1)} frames/s`;
     if (this.first && this.asked) rows['first frame'] = ms((this.first - this.asked) / 1000);
     if (newest) {
       rows['length'] = `${this.video.end(newest).toFixed(1)} s, ${count(path.length)}`;
@@ -58,7 +59,8 @@ export class Figures {
   }
 
   drawStages(chunk, ms) {
-    const seconds = STAGES.map(([key]) => (key === 'encode_s' ? chunk.encode_s + (chunk.timings.encode_s ?? 0) : chunk.timings[key] ?? 0));
+    const more = { encode_s: chunk.encode_s, decode_s: chunk.timings.preview_s ?? 0 };
+    const seconds = STAGES.map(([key]) => (chunk.timings[key] ?? 0) + (more[key] ?? 0));
     const words = STAGES.map(([, name], i) => `${name} ${ms(seconds[i])}`);
     this.stages.replaceChildren(...seconds.map((part, i) => {
       const bar = dot(i);

@@ -18,10 +18,11 @@ export function tellProblem(text) {
 export const wordsOfClose = {
   1006: 'There is no connection to the server. Press Enter to try again.',
   1008: 'This page took too long to take the video. Press Enter to go on.',
-  1011: 'The server cannot go on with this video.',
+  1011: 'There is no connection to the server. Press Enter to try again.',
   1013: 'The queue is full. Try again in a minute.',
   4408: 'Nothing happened for a while. Press Enter to go on.',
   4429: 'This page asked too much at once. Press Enter to go on.',
+  disk: 'The server has no room for a video. Try again later.',
   failed: 'The server cannot go on with this video. Press Enter to try again.',
   taken_over: 'This video goes on in another window. Press Enter to have it here again.',
 };

@@ -78,7 +78,7 @@ const handlers = {
     mark('error', { code: message.code });
     tellProblem(message.message);
     quiet ||= message.code === 'limit';
-    if (!['failed', 'taken_over'].includes(message.code)) return;
+    if (!['failed', 'taken_over', 'disk'].includes(message.code)) return;
     connection.leave(); // the server takes nothing more on it
     ended(message.code);
   },
@@ -117,14 +117,17 @@ async function fetchChunk(chunk, kind) {
   return answer.ok ? answer.arrayBuffer() : null;
 }
 
-/** Give the player the chunks of a list that it does not hold. */
+/** Give the player the chunks of a list that it does not hold; of what is seen again not the preview any more. */
 async function show(list) {
   const [session, branch] = [video.session, video.branch];
   for (const chunk of list) {
-    if (player.holds(chunk.start_frame / video.fps)) continue;
+    const isPreview = chunk.preview && chunk.wasShown;
+    if (player.holds(chunk.start_frame / video.fps) && !isPreview) continue;
     const body = await fetchChunk(chunk, player.kind);
     if (session !== video.session || branch !== video.branch) return;
-    if (body) player.push(chunk, body);
+    if (!body) continue;
+    chunk.preview = false;
+    player.push(chunk, body);
   }
 }
 
@@ -141,6 +144,7 @@ function onFrame(seconds) {
   figures.draw(current);
   const path = video.path(), at = path.indexOf(chunk);
   show(path.slice(at, at + 3)); // what the player had to give up may come again
+  chunk.wasShown = true;
 }
 
 function draw() {

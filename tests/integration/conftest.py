@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from live_browser import Page, launched_chromium
+from live_firefox import Firefox, FirefoxPage, launched_firefox
+from live_page import LivePage
 from live_server import ServerProcess
 from saved_rollouts import start
 from saved_runs import CHUNK_STARTS, FRAMES, STOP, frames_of, words
@@ -81,19 +83,26 @@ def unfinished(stopped: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium; without one the test is skipped, or fails where it is required."""
-    with launched_chromium() as browser:
+def browser(request, tmp_path_factory):
+    """A headless Chromium, or the Firefox that a test asks for; without it the test is skipped, or fails where it is
+    required.
+    """
+    if getattr(request, "param", "chromium") == "firefox":
+        launched = launched_firefox(tmp_path_factory.mktemp("firefox"))
+    else:
+        launched = launched_chromium()
+    with launched as browser:
         yield browser
 
 
 @pytest.fixture
 def visit(browser):
     """Opens pages, and closes them after the test, so that none holds a slot."""
-    pages: list[Page] = []
+    pages: list[LivePage] = []
 
-    def open_page(link: str, **context) -> Page:
-        pages.append(Page(browser, link, **context))
+    def open_page(link: str, **context) -> LivePage:
+        kind = FirefoxPage if isinstance(browser, Firefox) else Page
+        pages.append(kind(browser, link, **context))
         return pages[-1]
 
     yield open_page

@@ -84,6 +84,7 @@ def test_no_frames_no_chunks_and_nobody_else_waits(pipe, tmp_path):
     key = camera.session.id
     camera.leave()
     until(lambda: engine.figures()["parked"] == 1)
+    assert not list((tmp_path / "state" / key).rglob("*.latents"))  # nothing would read them
     assert engine.describe(key)["from_camera"]
     with pytest.raises(ValueError, match="it can be watched, and not go on"):
         Viewer(engine, resume=key)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from live_viewer import GREEN, RED, alone, live_model, new_engine, until
 from live_web import running
@@ -77,6 +78,35 @@ def test_settings_and_planned_prompts(link, pipe):
     assert {"num_inference_steps": 1} in [chunk["new_settings"] for chunk in made]
 
 
+def test_a_fork_with_other_settings(link, pipe):
+    with LiveClient(link) as live:
+        live.start(RED, seed=3, ahead=1)
+        live.next_chunk(), live.next_chunk()
+        live.fork(0, settings={"num_inference_steps": 2})
+        branched = next(chunk for chunk in live if chunk.branch == 1)
+        with pytest.raises(ValueError, match="Extra inputs"):
+            live.fork(0, settings={"frames": 3})
+        live.forget()
+    rollout = live_model(pipe).start(RED, 3)
+    rollout.step()
+    rollout.change(num_inference_steps=2)
+    assert branched.mp4 == encode_mp4(rollout.step().frames[0], 16.0, 8)
+
+
+def test_a_video_from_a_camera(link, pipe):
+    frames = [np.full((32, 32, 3), 10 * number, np.uint8) for number in range(12)]
+    with LiveClient(link) as live:
+        live.start(RED, seed=3, ahead=1, camera=True, settings={"strength": 0.5})
+        for frame in frames:  # as many as the largest chunk takes; the first one needs 9
+            live.camera_frame(as_png(Image.fromarray(frame)))
+        made = live.next_chunk()
+        with pytest.raises(ValueError, match="may have 65536 bytes, this one has 65537"):
+            live.camera_frame(bytes(65537))
+        live.forget()
+    rollout = live_model(pipe).start(RED, 3, settings={"strength": 0.5}, source=iter(frames))
+    assert made.mp4 == encode_mp4(rollout.step().frames[0], 16.0, 8)
+
+
 @pytest.mark.slow
 def test_many_at_once_with_asyncio(link, pipe, engine):
     async def watch(seed: int, count: int) -> list[bytes]:
@@ -101,7 +131,7 @@ def test_says_what_does_not_work(link):
     with pytest.raises(LiveError, match="is the token the one"), LiveClient(link, token="a bad one"):
         pass
     with LiveClient(link) as live:
-        live.start(RED, image=picture())
+        live.start(RED, image=as_png(Image.new("RGB", (64, 64), "red")))
         assert live.next_chunk().frames == 1
         live.fork(99)
         with pytest.raises(LiveError, match="there is no chunk 99") as error:
@@ -116,9 +146,9 @@ def test_says_what_does_not_work(link):
         asyncio.run(AsyncLiveClient(link).start(RED))
 
 
-def picture() -> bytes:
+def as_png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 

@@ -89,6 +89,7 @@ def test_says_in_one_line_what_cannot_work(capsys, tiny_checkpoint):
         (("--checkpoint-every", "-1"), "--checkpoint-every must be at least 0, got -1"),
         (("--sampler", "magic"), "sampler is 'magic'; allowed are"),
         (("--model", str(tiny_checkpoint)), "a live video has no end"),
+        (("--preview-vae", "nowhere"), "--preview-vae is 'nowhere', and there is no such file or folder"),
         (("--model", "nowhere"), "the model folder 'nowhere' does not exist"),
     ):
         assert cli.main(["serve", *words]) == 2

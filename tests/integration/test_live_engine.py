@@ -3,12 +3,15 @@
 import json
 import queue
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from live_viewer import GREEN, RED, Viewer, alone, live_model, new_engine, until
 
-from wan_autoregressive.server.limits import QueueFullError, UnknownSessionError
+from wan_autoregressive.server.engine import Engine
+from wan_autoregressive.server.limits import EngineLimits, QueueFullError, UnknownSessionError
 from wan_autoregressive.server.messages import ChangePrompt, Fork, Pause, Resume
 
 
@@ -130,6 +133,33 @@ def test_waiting_viewers_are_told_their_place(pipe, tmp_path):
     assert second.wait_for("chunk").prompt == GREEN
     second.leave()
     third.wait_for("chunk")
+    engine.shutdown()
+
+
+@pytest.mark.slow
+def test_slots_follow_the_time_that_chunks_take_now(pipe, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0, step=0.2, monotonic=time.monotonic)
+
+    def perf_counter() -> float:
+        clock.now += clock.step
+        return clock.now
+
+    clock.perf_counter = perf_counter
+    monkeypatch.setattr("wan_autoregressive.server.model_thread.time", clock)
+    engine = Engine(live_model(pipe), tmp_path / "state", EngineLimits(slots=None), cost_s=0.2, chunk_s=0.75)
+    watching = [Viewer(engine, prompt=RED, ahead=1) for _ in range(3)]
+    clock.step = 9.0
+    while engine.figures()["slots"] > 1:
+        watching[0].watch(1)
+    late = Viewer(engine, prompt=GREEN, ahead=1)
+    assert late.wait_for("queued").position == 1
+    for viewer in watching:  # nobody is sent away
+        assert len(viewer.watch(2)) == 2
+    assert engine.figures()["active"] == 3
+    clock.step = 0.1
+    while engine.figures()["slots"] < 4:
+        watching[1].watch(1)
+    late.wait_for("started")
     engine.shutdown()
 
 

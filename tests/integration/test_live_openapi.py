@@ -53,6 +53,25 @@ def test_every_reference_leads_somewhere(client):
     assert {"prompt", "seed", "image", "resume", "ahead"} <= start.keys()
 
 
+def test_the_schema_of_a_schedule_names_what_the_server_takes(client):
+    document = client.get("/openapi.json").json()
+    body = document["paths"]["/v1/schedules"]["post"]["requestBody"]["content"]["application/yaml"]["schema"]
+    schema = document["components"]["schemas"][body["$ref"].rsplit("/", 1)[1]]
+    assert schema["required"] == ["prompt"]
+
+    def refusal(text: str) -> str:
+        answer = client.post("/v1/schedules", content=text)
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"]
+
+    for name in schema["properties"]:
+        assert "unknown" not in refusal(f"prompt: x\n{name}: {{nonsense: 1}}"), name
+    for name in ("prompts", "video", "strength", "widht"):
+        assert name not in schema["properties"]
+        assert f"{name} cannot be used here" in (told := refusal(f"prompt: x\n{name}: 1")) or "unknown" in told, told
+    assert "no prompt" in refusal("seed: 1")
+
+
 def test_metrics_are_what_prometheus_reads_and_count(client):
     def figures() -> dict[str, float]:
         lines = client.get("/metrics").text.splitlines()
