@@ -64,7 +64,9 @@ class MemoryBankSampler(ChunkwiseSampler):
                 f"position_mode 'absolute', got {config.position_mode!r}"
             )
         if not config.clean_pass:
-            raise ValueError("sampler 'memory_bank' keeps nothing but what its clean pass wrote; leave out clean_pass")
+            raise ValueError(
+                "sampler 'memory_bank' has frames in its bank as the clean pass wrote them; leave out clean_pass"
+            )
 
     def cache_past(self, skip_prompt: bool = False) -> None:
         if self.due is not None:
