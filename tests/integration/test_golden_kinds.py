@@ -40,7 +40,14 @@ def test_a_new_prompt_of_krea_comes_in_from_the_old_one_and_stays():
     assert weights == {0: 0, 3: 0, 6: 0.5, 9: 0.5, 12: 2}  # the second change begins before the first is over
 
 
-@pytest.mark.parametrize("names", [("0", "1", "2", "3"), ("p0", "p1", "p2", "p3")])
+def test_prompts_of_krea_may_be_recorded_by_the_chunk():
+    videos = {f"prompt_embeds.c0{i}_unpadded": torch.full((1, 4, 2), float(i)) for i in (0, 2)}
+    videos["initial_latent"] = torch.zeros(1, 16, 3, 4, 4)
+    (schedule,) = krea.prompt_schedules(META, videos)
+    assert {frame: prompt.embeds.mean().item() for frame, prompt in schedule.items()} == {0: 0, 9: 2}
+
+
+@pytest.mark.parametrize("names", [("0", "1", "2", "3"), ("p0", "p1", "p2", "p3"), ("old0", "old1", "new0", "new1")])
 def test_prompts_of_a_batch_may_be_recorded_apart(names):
     videos = {f"prompt_embeds.{name}_unpadded": torch.full((1, 3, 2), float(i)) for i, name in enumerate(names)}
     first, second = recording.prompts_of(videos, META | {"batch": 2}, 2)

@@ -16,6 +16,7 @@ from golden_kinds.recording import (
     channels_first,
     in_order,
     largest_difference,
+    padded_embeds,
     prompts_of,
     transformer_of,
 )
@@ -124,6 +125,10 @@ def prompt_schedules(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> l
     """
     chunk, changes = meta["num_frame_per_block"], prompt_changes(meta)
     given = videos["initial_latent"].shape[2] if "initial_latent" in videos else 0
+    named = padded_embeds(videos, meta["text_len"])
+    if all(re.fullmatch(r"c\d+", name) for name in named):  # of every chunk from which on there are others
+        numbers = {int(name[1:]): prompt for name, prompt in named.items()}
+        return [{given * (n > 0) + chunk * n: PromptState(prompt, None) for n, prompt in numbers.items()}]
     embeds = prompts_of(videos, meta, 1 + len(changes))
     schedules = []
     for counts in itertools.product(*(change.counts for change in changes)):
