@@ -31,20 +31,24 @@ class AdaptiveSink:
     frame_size: int
 
     def similarity(
-        self, cached: tuple[TokenBuffer, TokenBuffer], frame: tuple[torch.Tensor, torch.Tensor], held_frames: int
+        self,
+        sink: tuple[TokenBuffer, TokenBuffer],
+        frame: tuple[torch.Tensor, torch.Tensor],
+        held_frames: torch.Tensor,
     ) -> torch.Tensor:
         """How much each sink frame is like the new one, `(batch, sink_frames)`: mean cosine of keys and values.
 
         Args:
-            cached: Keys and values as they are kept.
+            sink: Slots of keys and of values for the whole sink.
             frame: Those of the new frame, `(batch, frame_size, heads, head_dim)`.
-            held_frames: Sink frames that are there; the others are like nothing, 0.
+            held_frames: How many sink frames are there; the others are like nothing, 0.
         """
-        held, cosines = held_frames, []
-        for buffer, new in zip(cached, frame, strict=True):
-            sink = buffer.read(0, held * self.frame_size).unflatten(1, (held, self.frame_size))
-            cosines.append(F.cosine_similarity(sink.mean(2).flatten(2), new.mean(1, keepdim=True).flatten(2), dim=-1))
-        return F.pad((cosines[0] + cosines[1]) / 2, (0, self.sink_frames - held))
+        cosines = []
+        for buffer, new in zip(sink, frame, strict=True):
+            frames = buffer.tokens().unflatten(1, (self.sink_frames, self.frame_size)).mean(2)
+            cosines.append(F.cosine_similarity(frames.flatten(2), new.mean(1, keepdim=True).flatten(2), dim=-1))
+        is_held = torch.arange(self.sink_frames, device=held_frames.device) < held_frames
+        return torch.where(is_held, (cosines[0] + cosines[1]) / 2, 0)
 
 
 class SinkQueue:
@@ -62,10 +66,19 @@ class SinkQueue:
         self.sink = sink
         with torch.inference_mode(False):  # to be written outside of that mode as well
             self._state = torch.empty(2, rows, 2 + most + 1, dtype=torch.int64, device=device)
+            self.held_frames = torch.empty((), dtype=torch.int64, device=device)
+            """Sink frames that are there when a forward begins."""
+            self.is_full = torch.empty((), dtype=torch.bool, device=device)
+            """Whether a frame has to go for the one that is new."""
         self.reset()
 
-    def begin(self, start: int, stop: int) -> torch.Tensor:
-        """A forward is about to write rows from `start` to `stop`; returns what `next_slots` works on."""
+    def begin(self, start: int, stop: int, held_frames: int, is_full: bool) -> torch.Tensor:
+        """A forward is about to write rows from `start` to `stop`; returns what `next_slots` works on.
+
+        The rest is in tensors, so that a compiled block is the same for an empty sink and a full window.
+        """
+        self.held_frames.fill_(held_frames)
+        self.is_full.fill_(is_full)
         self._state[1].copy_(self._state[0])
         rows = self._state[1, start:stop]
         mark_dynamic(rows, dim=0)
@@ -75,26 +88,26 @@ class SinkQueue:
         """It has succeeded."""
         self._state[0].copy_(self._state[1])
 
-    def next_slots(self, state: torch.Tensor, similarity: torch.Tensor, is_full: bool) -> torch.Tensor | None:
-        """The slots of a new frame, `(rows, frame_size)`; `None` while the window fills.
+    def next_slots(self, state: torch.Tensor, similarity: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+        """The slots of a new frame, `(rows, frame_size)`.
 
         Args:
             state: Of these rows, see `begin`.
             similarity: `(rows, sink_frames)`. Of the sink frames and the new one.
+            free: `(rows, frame_size)`. Its slots while the window fills.
         """
         given_up, count, following = state[:, 2:], state[:, :1], state[:, 1:2]
         lowest, frame = similarity.min(dim=1, keepdim=True)
         given_up.scatter_(1, count, frame)
         count += lowest < self.sink.threshold
-        if not is_full:
-            return None
-        is_given_up = count > 0
+        is_given_up = self.is_full & (count > 0)
         chosen = torch.where(is_given_up, given_up.gather(1, (count - 1).clamp(min=0)), following)
         count -= is_given_up.to(count.dtype)
         first, others = self.sink.sink_frames, self.sink.window_frames - self.sink.sink_frames
-        following.copy_(torch.where(is_given_up, following, first + (following + 1 - first) % others))
+        is_next = self.is_full & ~is_given_up
+        following.copy_(torch.where(is_next, first + (following + 1 - first) % others, following))
         size = self.sink.frame_size
-        return chosen * size + torch.arange(size, device=chosen.device)
+        return torch.where(self.is_full, chosen * size + torch.arange(size, device=chosen.device), free)
 
     def reset(self) -> None:
         self._state.zero_()

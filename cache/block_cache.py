@@ -121,12 +121,11 @@ class WanKVBlockCache:
             ValueError: a batch, head count, head size, dtype or device other than the one held. Nothing is written.
             RuntimeError: no plan was made, or gradients would be needed through the cache.
         """
-        self._check_pair(key, value)
-        if self._open is None or (layout_of(key) != self._open.key.layout and self._is_empty):
-            check_tokens(key, self.planned_tokens)
-            self.open(key)
-        assert self._open is not None
-        return self._open.write(key, value)
+        return self._opened(key, value).write(key, value)
+
+    def put(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """`write` for a chunk that attends to nothing."""
+        self._opened(key, value).put(key, value)
 
     def commit(self) -> None:
         """Make the planned state the state. Called once the whole forward has succeeded."""
@@ -283,6 +282,15 @@ class WanKVBlockCache:
     def bytes_per_token(self) -> int:
         """Bytes that a key and its value are kept in, of the whole batch; 0 before the first write."""
         return sum(b.nbytes // b.capacity for b in (self._key, self._value) if b is not None)
+
+    def _opened(self, key: torch.Tensor, value: torch.Tensor) -> OpenWindow:
+        """What a planned write of this chunk works on."""
+        self._check_pair(key, value)
+        if self._open is None or (layout_of(key) != self._open.key.layout and self._is_empty):
+            check_tokens(key, self.planned_tokens)
+            self.open(key)
+        assert self._open is not None
+        return self._open
 
     def _chronological(self, buffer: TokenBuffer | None) -> torch.Tensor | None:
         spans = self.window.state.held

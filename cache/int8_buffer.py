@@ -47,14 +47,13 @@ class Int8Buffer(TokenBuffer):
     def slot_bytes(head_dim: int, dtype: torch.dtype) -> int:
         return head_dim + dtype.itemsize
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Slots `[start, stop)` in the dtype of the tokens: a copy."""
-        values, scales = self.parts
-        return self.decode(values[:, start:stop], scales[:, start:stop])
+    def tokens(self) -> torch.Tensor:
+        """All slots in the dtype of the tokens: a copy."""
+        return self.decode(*self.parts)
 
     def attended(self, slots: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
         """All slots with `newest` itself in `slots`: a copy, to be dropped after its attention."""
-        return put_in(self.decode(*self.parts), slots, newest)
+        return put_in(self.tokens(), slots, newest)
 
     def seen(self, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """The slots `past` in the dtype of the tokens, and `own` as it was given behind them: a copy."""

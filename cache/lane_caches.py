@@ -32,8 +32,7 @@ class LaneBlock:
         self._open: OpenWindow | None = None
         self._queue: SinkQueue | None = None
         self._queue_rows: torch.Tensor | None = None
-        self._held_frames = 0
-        self._is_full = False
+        self._sink_rows: tuple[TokenBuffer, TokenBuffer] | None = None
 
     def share(self, lanes: Sequence[WanKVBlockCache]) -> None:
         """Let lanes keep what they hold in rows of one memory, the one there is if it fits."""
@@ -73,20 +72,20 @@ class LaneBlock:
         self._open = OpenWindow(rows[0].window(length), rows[1].window(length), slots)
         mark_dynamic(*self._open.key.parts, *self._open.value.parts, dim=0)
         if self._queue is not None:
-            self._queue_rows = self._queue.begin(first, last)
             held_frames = block.window.state.length // self._queue.sink.frame_size
-            self._held_frames = min(held_frames, self._queue.sink.sink_frames)
-            self._is_full = block.planned_evicts
+            self._queue_rows = self._queue.begin(first, last, held_frames, block.planned_evicts)
+            size = self._queue.sink.sink_frames * self._queue.sink.frame_size
+            self._sink_rows = rows[0].window(size), rows[1].window(size)
+            mark_dynamic(*self._sink_rows[0].parts, *self._sink_rows[1].parts, dim=0)
         return slots
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As [`WanKVBlockCache.write`], for a batch of the lanes that are used, lane after lane."""
         window, queue = self._needed_open(), self._queue
-        if queue is not None and self._queue_rows is not None:
-            similarity = queue.sink.similarity((window.key, window.value), (key, value), self._held_frames)
-            slots = queue.next_slots(self._queue_rows, similarity, self._is_full)
-            if slots is not None:
-                window = replace(window, slots=OpenSlots(slots))
+        if queue is not None and self._queue_rows is not None and self._sink_rows is not None:
+            similarity = queue.sink.similarity(self._sink_rows, (key, value), queue.held_frames)
+            slots = queue.next_slots(self._queue_rows, similarity, window.slots.chunk)
+            window = replace(window, slots=OpenSlots(slots))
         return window.write(key, value)
 
     def commit(self) -> None:

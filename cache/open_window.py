@@ -36,22 +36,33 @@ class OpenWindow:
         chunk, past = self.slots.chunk, self.slots.past
         if past is None:
             check_tokens(key, chunk.shape[-1])
+        self.put(key, value)
+        attended = []
+        beside: tuple[torch.Tensor | None, ...] = self.bank or (None, None)
+        for buffer, tokens, banked in zip((self.key, self.value), (key, value), beside, strict=True):
+            if past is None:
+                attended.append(buffer.attended(chunk, tokens))
+            else:
+                own = tokens if banked is None else torch.cat([banked, tokens], dim=1)
+                attended.append(buffer.seen(past, own))
+        return attended[0], attended[1]
+
+    def put(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put those of a chunk that are kept into their slots.
+
+        Raises:
+            ValueError: another batch, head count, head size, dtype or device, or too few tokens. Nothing is written.
+        """
+        chunk = self.slots.chunk
         if layout_of(key) != self.key.layout:
             raise ValueError(
                 f"the cache holds (batch, heads, head_dim, dtype, device) {self.key.layout} but got "
                 f"{layout_of(key)}. Call reset() between videos, and keep one cache per batch"
             )
-        attended = []
-        beside: tuple[torch.Tensor | None, ...] = self.bank or (None, None)
-        for buffer, tokens, banked in zip((self.key, self.value), (key, value), beside, strict=True):
-            if past is None:
-                buffer.put(chunk, tokens)
-                attended.append(buffer.attended(chunk, tokens))
-            else:
-                buffer.put(chunk, tokens[:, : chunk.shape[0]])
-                own = tokens if banked is None else torch.cat([banked, tokens], dim=1)
-                attended.append(buffer.seen(past, own))
-        return attended[0], attended[1]
+        if key.shape[1] < chunk.shape[-1]:
+            check_tokens(key, chunk.shape[-1])
+        for buffer, tokens in ((self.key, key), (self.value, value)):
+            buffer.put(chunk, tokens[:, : chunk.shape[-1]])
 
 
 def check_tokens(key: torch.Tensor, planned: int) -> None:

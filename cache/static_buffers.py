@@ -27,7 +27,7 @@ class StaticBuffers:
         if memory is None or (memory.dtype, memory.device) != (dtype, device) or memory.numel() < size:
             with torch.inference_mode(False):  # to be written outside of that mode as well
                 memory = self._memory[name] = torch.empty(size, dtype=dtype, device=device)
-        return memory[:size].view(*shape)
+        return memory[:size].view(*shape).data  # no view to torch.compile, which would take an interest in the buffer
 
     def copy_in(self, name: Hashable, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A copy of `tensor` in its buffer, in `dtype` if that is given."""

@@ -14,7 +14,8 @@ Layout = tuple[int, int, int, torch.dtype, torch.device]
 class TokenBuffer:
     """Keys or values of one block as they are.
 
-    A subclass that keeps them in another form gives `encode`, `read`, `attended`, `seen` and `slot_bytes` of its own.
+    A subclass that keeps them in another form gives `encode`, `tokens`, `attended`, `seen` and `slot_bytes` of its
+    own.
 
     Args:
         parts: What is kept, tensors `(batch, capacity, heads, …)`. The first ends in `head_dim`, the last is in the
@@ -39,9 +40,13 @@ class TokenBuffer:
         """Bytes of one slot and head, for tokens of `dtype`."""
         return head_dim * dtype.itemsize
 
+    def tokens(self) -> torch.Tensor:
+        """All slots, `(batch, capacity, heads, head_dim)`: the buffer itself."""
+        return self.parts[0]
+
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Slots `[start, stop)`, `(batch, stop - start, heads, head_dim)`: a view."""
-        return self.parts[0][:, start:stop]
+        """Slots `[start, stop)`, `(batch, stop - start, heads, head_dim)`: a view, or a copy where `tokens` is one."""
+        return type(self)(tuple(part[:, start:stop] for part in self.parts)).tokens()
 
     def window(self, length: int) -> Self:
         """Slots `[0, length)` in the same memory."""

@@ -106,12 +106,12 @@ class TokenWindow:
             raise ValueError(f"a chunk has {num_tokens} tokens; it needs at least 1")
         if keep is not None and not 0 <= keep <= num_tokens:
             raise ValueError(f"keep is {keep}; of a chunk of {num_tokens} tokens 0 to {num_tokens} can be kept")
-        if mode in ("rewrite", "rewrite_all"):
-            if view is not None or keep not in (None, num_tokens):
-                raise ValueError("a rewrite keeps all its tokens and sees what it leaves; leave out keep and view")
-            return self._plan_rewrite(num_tokens, keep_sink=mode == "rewrite")
         kept = num_tokens if keep is None else keep
-        if kept == 0:
+        if mode in ("rewrite", "rewrite_all"):
+            if kept != num_tokens:
+                raise ValueError(f"a rewrite keeps all of its {num_tokens} tokens; leave out keep, which is {keep}")
+            plan = self._plan_rewrite(num_tokens, keep_sink=mode == "rewrite")
+        elif kept == 0:
             plan = WritePlan((), self.state)
         else:
             plan = self._plan_append(kept) if mode == "append" else self._plan_overwrite(kept)

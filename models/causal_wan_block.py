@@ -58,8 +58,8 @@ class CausalWanAttnProcessor(WanAttnProcessor):
         if rotary_emb is not None and key_rotary_emb is None:
             key = rotate(key, *rotary_emb)
         if query is None:
-            assert kv_cache is not None
-            kv_cache.write(key, value)
+            assert isinstance(kv_cache, WanKVBlockCache)
+            kv_cache.put(key, value)
             return hidden_states
         if rotary_emb is not None:
             query = rotate(query, *rotary_emb)
@@ -160,18 +160,24 @@ class CausalWanTransformerBlock(WanTransformerBlock):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor | None,
-        temb: torch.Tensor,
-        rotary_emb: RotaryEmbedding,
+        temb: torch.Tensor | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
         kv_cache: WanKVBlockCache | LaneBlock | None = None,
         key_rotary_emb: RotaryEmbedding | None = None,
         text: BlockTextConditions | None = None,
         keys_values_only: bool = False,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """`hidden_states` is `(batch, tokens, dim)`; `temb` `(batch, groups, 6, dim)`, each group being
         `tokens / groups` consecutive tokens: the whole input, a frame, or a token. With `keys_values_only` the block
-        ends once they are in the cache; what it returns then means nothing."""
+        ends once they are in the cache; what it returns then means nothing. Without `hidden_states` it only reads the
+        prompt, `encoder_hidden_states` `(batch, text_tokens, dim)`, into `text`."""
+        if hidden_states is None or temb is None:
+            assert text is not None
+            assert encoder_hidden_states is not None
+            _fill(text, self.attn2, encoder_hidden_states)
+            return None
         shift, scale, gate, ff_shift, ff_scale, ff_gate = (self.scale_shift_table.unsqueeze(0) + temb.float()).unbind(
             dim=2
         )  # 6 x (batch, groups, dim)

@@ -110,7 +110,8 @@ class CausalWanTimeTextImageEmbedding(WanTimeTextImageEmbedding):
             if sinusoid.dtype != embedder_dtype and embedder_dtype != torch.int8:
                 sinusoid = sinusoid.to(embedder_dtype)
             temb = self.time_embedder(sinusoid).to(dtype)
-            modulation = self.time_proj(self.act_fn(temb)).unflatten(2, (6, -1))
+            # A copy: torch.compile tells views from tensors of their own, as it is when it is kept for later.
+            modulation = self.time_proj(self.act_fn(temb)).unflatten(2, (6, -1)).clone()
         if encoder_hidden_states is not None:
             encoder_hidden_states = self.text_embedder(encoder_hidden_states)
             if encoder_hidden_states_image is not None:

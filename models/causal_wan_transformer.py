@@ -117,7 +117,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
 
         Returns:
             [`~models.modeling_outputs.Transformer2DModelOutput`] or a tuple with the flow, shaped as `hidden_states`;
-            with `None` after a plan with `keys_values_only`.
+            with `None` after a plan with `keys_values_only` or `reads_text_only`.
 
         Raises:
             ValueError: a timestep of another shape, a position past the rotary table, a chunk that the cache refuses,
@@ -158,11 +158,19 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             temb, modulation = (parallel.shard_groups(x, num_tokens) for x in (temb, modulation))
 
         # 3. Blocks, each with its own part of the cache
-        if text is not None and not text.blocks[0].is_filled:  # a re-cache computes it with more tokens than a chunk
-            mark_dynamic(hidden_states)
         block_texts = [None] * len(self.blocks) if text is None else text.blocks
+        dynamic = (0, 1) if len(plan.rotary_emb[0]) > 1 else (1,)  # tokens or groups, and rows where they are lanes
+        for dim in dynamic:
+            mark_dynamic(modulation, dim=dim)
         for block, block_cache, block_text in zip(self.blocks, plan.block_caches, block_texts, strict=True):
             is_end = plan.keys_values_only and block is self.blocks[-1]
+            needs_text = block_text is not None and not block_text.is_filled and not is_end
+            if needs_text and (plan.reads_text_only or _reads_text_apart(block)):
+                block(None, embedded_text, text=block_text)
+            if plan.reads_text_only:
+                continue
+            for dim in dynamic:
+                mark_dynamic(hidden_states, dim=dim)
             inputs: tuple[Any, ...] = (hidden_states, embedded_text, modulation, plan.rotary_emb)
             inputs += (block_cache, plan.key_rotary_emb, block_text, is_end)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -173,7 +181,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
             text.projected = None
         if is_own_plan and kv_cache is not None:
             kv_cache.end_forward()
-        if plan.keys_values_only:
+        if plan.keys_values_only or plan.reads_text_only:
             return Transformer2DModelOutput(sample=None) if return_dict else (None,)
 
         # 4. Output norm, projection and unpatchify
@@ -306,6 +314,12 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
                 f"({batch_size}, {frames}) per frame and ({batch_size}, {tokens}) per token"
             )
         return timestep
+
+
+def _reads_text_apart(block: torch.nn.Module) -> bool:
+    """Whether a prompt is read by a call of its own. A compiled block needs no second graph of every kind for it then;
+    hooks of offloading reckon with one call for each forward."""
+    return block._compiled_call_impl is not None and not hasattr(block, "_diffusers_hook")
 
 
 def _make_causal(model: WanTransformer3DModel) -> None:

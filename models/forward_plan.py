@@ -34,3 +34,5 @@ class ForwardPlan:
     text: TextConditions | None = None
     keys_values_only: bool = False
     """The forward ends with the last block's keys and values in the cache."""
+    reads_text_only: bool = False
+    """The forward ends with the prompt's keys and values in `text`."""

@@ -205,8 +205,8 @@ class Expert:
     def _text_keys(self, embeds: torch.Tensor) -> list[torch.Tensor]:
         """Of each block's cross-attention, `(batch, text_tokens, heads, head_dim)`: the heads that the caches hold.
 
-        A prompt that no forward has read to the end yet is read by one over a single token without a past: weights are
-        touched inside of forwards only.
+        A prompt that no forward has read to the end yet is read by one that does nothing else: weights are touched
+        inside of forwards only.
         """
         transformer = self.transformer
         config = transformer.config
@@ -215,7 +215,7 @@ class Expert:
         text = self.conditions.text(embeds, len(transformer.blocks), like, self._image_embeds)
         if not text.is_complete:
             plan = transformer.plan_forward(latents)
-            plan.text = text
+            plan.text, plan.reads_text_only = text, True
             transformer(
                 hidden_states=latents,
                 timestep=latents.new_zeros(len(latents), dtype=torch.float32),

@@ -431,7 +431,7 @@ class WanRollout:
 
         # 1. Bring the past up to date: the last chunk's clean keys and values, or all of them for a new prompt
         with timings.stage("clean_pass"):
-            past = Past(self.config, self.denoiser, self.history, self.frames_done)
+            past = Past(self.config, self.denoiser, self.history, self.sampler.recache_window, self.frames_done)
             self.switching.enter(chunk, in_flight.next_prompt, self.sampler, past)
 
         # 2. Latents of this chunk

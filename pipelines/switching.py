@@ -35,6 +35,8 @@ class Past:
     config: RolloutConfig
     denoiser: Denoiser
     history: LatentHistory
+    recache_window: Callable[[range], Window]
+    """What a pass over finished frames that replaces their keys and values sees."""
     frames_done: int = 0
     """Latent frames."""
 
@@ -103,7 +105,7 @@ class Recache(SwitchPolicy):
         num_frames = min(window, frames_done) - (config.sink_frames if keep_sink else 0)
         frames = range(frames_done - num_frames, frames_done)
         latents = past.history.last(num_frames)
-        past.denoiser.rewrite_context(latents, Window(frames, (config.context_noise,)), keep_sink)
+        past.denoiser.rewrite_context(latents, past.recache_window(frames), keep_sink)
 
 
 @dataclass

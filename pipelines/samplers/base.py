@@ -173,6 +173,10 @@ class Sampler:
         """Write given latents `(batch, channels, frames, height, width)` to the caches."""
         self.context.denoiser.cache_context(latents, Window(chunk.frames, (0.0,)))
 
+    def recache_window(self, frames: range) -> Window:
+        """Of a pass over finished frames that replaces their keys and values, as a switch policy may ask for."""
+        return Window(frames, (self.context.config.context_noise,))
+
     @classmethod
     def num_steps(cls, config: RolloutConfig, listed: int) -> int:
         """Denoising steps of a chunk, of a list with `listed` steps."""

@@ -1,8 +1,7 @@
 """Chunk after chunk with a memory bank: single frames of the whole video that have to do with the prompt (MemFlow).
 
 After KlingTeam/MemFlow (`pipeline/causal_inference.py`). Beside sink and window every forward sees the frames in the
-bank, with the keys and values that they were written with. Unlike in `chunkwise`, denoising steps leave nothing in the
-cache, so that all in it is clean; but for the first chunk, whose context pass comes before anybody looks.
+bank, with the keys and values that they were written with.
 """
 
 from typing import Any, Literal, get_args
@@ -10,8 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from wan_autoregressive.configs.rollout_config import RolloutConfig
-from wan_autoregressive.models.forward_plan import PastFrames
-from wan_autoregressive.pipelines.denoiser import Window
 from wan_autoregressive.pipelines.frame_grid import Chunk, FrameGrid
 from wan_autoregressive.pipelines.samplers.base import SamplingContext
 from wan_autoregressive.pipelines.samplers.chunkwise import ChunkwiseSampler
@@ -66,13 +63,10 @@ class MemoryBankSampler(ChunkwiseSampler):
                 f"sampler 'memory_bank' keeps frames at the positions that they were written with; it needs "
                 f"position_mode 'absolute', got {config.position_mode!r}"
             )
-        if config.switch_policy == "scene_cut" and config.switch_options.get("pin", True):
-            raise ValueError(
-                "scene_cut pins frames, which the steps of sampler 'memory_bank' would not see; set switch_options "
-                "{'pin': False}"
-            )
         if not config.clean_pass:
-            raise ValueError("sampler 'memory_bank' keeps nothing but what its clean pass wrote; leave out clean_pass")
+            raise ValueError(
+                "sampler 'memory_bank' has frames in its bank as the clean pass wrote them; leave out clean_pass"
+            )
 
     def cache_past(self, skip_prompt: bool = False) -> None:
         if self.due is not None:
@@ -97,18 +91,8 @@ class MemoryBankSampler(ChunkwiseSampler):
         assert forwards is not None
         if _bank_length(given, _options(config)["bank_interval"]) <= config.memory_bank_frames:
             return forwards
-        # Given frames fill the bank before any step has read the prompt: a forward of one token does.
+        # Given frames fill the bank before any step has read the prompt: a forward of its own does.
         return forwards + config.num_branches
-
-    def _step_window(self, chunk: Chunk, timestep: float) -> Window:
-        config, newest = self.context.config, None
-        if (
-            chunk.start == 0
-        ):  # there is no past that its steps could spoil; the context pass overwrites what they leave
-            return Window(chunk.frames, self._timesteps(chunk, timestep))
-        if config.window_frames is not None:
-            newest = config.window_frames - config.sink_frames - chunk.num_frames
-        return Window(chunk.frames, self._timesteps(chunk, timestep), keep_frames=0, past=PastFrames(newest))
 
     def _let_candidate_in(self) -> None:
         if self._is_due:

@@ -147,11 +147,18 @@ class RollingSampler(ContextPassSampler):
         newest = self._attended_frames - config.sink_frames - len(frames)
         if config.window_frames is not None:  # the place of the oldest chunk counts, as if it were in the cache
             newest = min(newest, config.window_frames - config.sink_frames - oldest.chunk.num_frames)
-        return Window(frames, tuple(timesteps), keep_frames=0, past=PastFrames(max(0, newest)))
+        # Before anything is cached the oldest chunk may be, as its context pass overwrites it.
+        kept = oldest.chunk.num_frames if frames.start == 0 else 0
+        return Window(frames, tuple(timesteps), kept, PastFrames(max(0, newest)))
+
+    # A timestep for each frame, as joint forwards have it, and a past by its slots: no compiled graphs of their own.
 
     def context_window(self, frames: range, timestep: float) -> Window:
         past = PastFrames(max(0, self._attended_frames - len(frames)), sink=False)
-        return Window(frames, (timestep,), past=past)
+        return Window(frames, (timestep,) * len(frames), past=past)
+
+    def recache_window(self, frames: range) -> Window:
+        return Window(frames, (self.context.config.context_noise,) * len(frames), past=PastFrames())
 
     def _stepped(self, entry: ChunkInWindow, flow: torch.Tensor) -> torch.Tensor:
         """Latents of a chunk after its step: noised to the next one, or finished."""

@@ -103,7 +103,7 @@ def _memory_bank(rollout: RolloutConfig, steps: int, window: int) -> StageForwar
     chunk = rollout.chunk_frames
     past = window - chunk + rollout.memory_bank_frames
     context = Forward(chunk, past, chunk, keys_values_only=True)
-    return {"denoise": [Forward(chunk, past, kept=0)] * steps, "clean_pass": [context]}
+    return {"denoise": [Forward(chunk, past, chunk)] * steps, "clean_pass": [context]}
 
 
 def _rolling(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:

@@ -2,7 +2,7 @@
 too, in which each frame is told whom it sees, where in time, and which prompt it reads. No cache, no masks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -48,6 +48,8 @@ class NaiveTransformer:
     """That differ from `SIZES`."""
     image: torch.Tensor | None = None
     """`(batch, image_tokens, image_dim)` that cross-attention sees beside the prompt."""
+    guidance: tuple[float, int] | None = None
+    """Its scale, and the number of the prompt that it goes away from."""
 
     def __post_init__(self) -> None:
         with torch.random.fork_rng():
@@ -71,6 +73,13 @@ class NaiveTransformer:
     @torch.no_grad()
     def flow(self, frames: Sequence[Frame]) -> torch.Tensor:
         """Of all frames, `(batch, channels, frames, height, width)`."""
+        if self.guidance is None:
+            return self._flow(frames)
+        scale, negative = self.guidance
+        away = self._flow([replace(frame, prompt=negative) for frame in frames])
+        return away + scale * (self._flow(frames) - away)
+
+    def _flow(self, frames: Sequence[Frame]) -> torch.Tensor:
         self.frames = frames
         latents = torch.cat([frame.latents for frame in frames], dim=2)
         size = latents.shape[3] * latents.shape[4] // 4

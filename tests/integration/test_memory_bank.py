@@ -25,6 +25,8 @@ class NaiveMemFlow:
     bank_frames: int = 2
     interval: int = 2
     every_chunk: bool = True
+    shot: int | None = None
+    """First frame of a chunk whose first frames stay in view from the next chunk on, as many as the sink has."""
     frames: list[list] = field(default_factory=list)
     bank: list[list] = field(default_factory=list)
 
@@ -47,8 +49,12 @@ class NaiveMemFlow:
     def seen(self, layer: int, num_own: int) -> list:
         """Of sink, bank and the newest frames before `start`; a frame may be there twice."""
         past = self.frames[layer][: self.start]
-        newest = max(len(past) - (self.window - self.sink - num_own), self.sink)
-        return past[: self.sink] + self.bank[layer] + past[newest:]
+        kept = list(range(min(self.sink, len(past))))
+        if self.shot is not None and self.start > self.shot:
+            kept += range(self.shot, self.shot + self.sink)
+        others = [number for number in range(len(past)) if number not in kept]
+        newest = others[max(0, len(others) - (self.window - len(kept) - num_own)) :]
+        return [past[number] for number in (*kept, *newest)] + self.bank[layer]
 
     def cache(self, latents: torch.Tensor, start: int) -> None:
         written: list[list] = [[] for _ in self.frames]
@@ -213,6 +219,18 @@ def test_a_new_prompt_selects_for_its_first_chunk(policy, switch):
     torch.testing.assert_close(latents, expected, rtol=0, atol=BOUND)
 
 
+def test_the_first_frames_of_a_shot_stay_beside_the_bank():
+    video = NaiveMemFlow(transformer(prompts=2), shot=8)
+    expected = make([video], [2] * 9, switch=4)
+    shots = {"switch_policy": "scene_cut", "switch_options": {"position_offset": 0.0}}
+    options = settings(video, 18, prompt_schedule={8: video.transformer.prompts[1]}, **shots)
+    pipe = video.transformer.pipeline(STEPS)
+    torch.testing.assert_close(pipe(**options).frames, expected, rtol=0, atol=BOUND)
+    unpinned = {**shots, "switch_options": {"position_offset": 0.0, "pin": False}}
+    without = pipe(**{**options, **unpinned, "generator": generator()}).frames
+    assert (without - expected).abs().max() > 1e-2
+
+
 def test_with_guidance_each_cache_has_a_bank_of_its_own():
     made = transformer(prompts=2)
     branches = [NaiveMemFlow(made), NaiveMemFlow(made, prompt=1)]
@@ -245,7 +263,6 @@ def test_given_frames_are_chunks_with_candidates(monkeypatch, given_frames, chun
         ({"position_mode": "relative"}, "needs position_mode 'absolute', got 'relative'"),
         ({"position_mode": "sink_relative"}, "needs position_mode 'absolute', got 'sink_relative'"),
         ({"clean_pass": False}, "leave out clean_pass"),
-        ({"switch_policy": "scene_cut"}, "scene_cut pins frames"),
         ({"sampler_options": {"bank_interval": 0}}, "bank_interval is 0"),
         ({"sampler_options": {"bank_candidates": "all"}}, "allowed are every_chunk, every_interval"),
         ({"sampler": "chunkwise", "sampler_options": {}}, "memory_bank_frames is 2, which sampler 'chunkwise'"),

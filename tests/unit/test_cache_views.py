@@ -104,5 +104,5 @@ def test_refuses_to_keep_more_than_there_is_and_a_rewrite_that_keeps_less():
     with pytest.raises(ValueError, match="keep is 4; of a chunk of 3 tokens 0 to 3 can be kept"):
         cache.begin_forward(3, keep=4)
     cache.enable_rewrite_mode()
-    with pytest.raises(ValueError, match="a rewrite keeps all its tokens"):
+    with pytest.raises(ValueError, match="a rewrite keeps all of its 3 tokens"):
         cache.begin_forward(3, keep=1)

@@ -1,6 +1,9 @@
 """Krea Realtime: the past made anew for every chunk."""
 
+import itertools
 import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,9 +17,10 @@ from golden_kinds.recording import (
     in_order,
     largest_difference,
     padded_embeds,
+    prompts_of,
     transformer_of,
 )
-from wan_autoregressive import SelfForcingScheduler
+from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.denoiser import Denoiser, Window
@@ -45,16 +49,29 @@ def differences(
     videos = channels_first(tensors)
     transformer = transformer_of(meta, weights_folder / WEIGHTS, "generator_ema")
     transformer.set_sinusoid_dtype(sinusoid_dtype)
+    schedules = prompt_schedules(meta, videos)
+    each = [_differences_under(schedule, meta, videos, tensors, transformer, changes) for schedule in schedules]
+    return min(each, key=lambda found: max(found.values()))
+
+
+def _differences_under(
+    schedule: dict[int, PromptState],
+    meta: dict[str, Any],
+    videos: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    transformer: CausalWanTransformer3DModel,
+    changes: dict[str, Any],
+) -> dict[str, float]:
     codec = _RecordedCodec(transformer, in_order(videos, "reencoded.") if "initial_latent" in videos else [])
     shift = meta["schedule"]["timestep_shift"]
     components = WanComponents(transformer, SelfForcingScheduler(shift=shift), codec)  # type: ignore[arg-type]
     config = RolloutConfig(**{**settings(meta, videos), **changes})
-    schedule = prompt_schedule(meta, videos)
+    later = {frame: prompt for frame, prompt in schedule.items() if frame}
     rollout = WanRollout(
         components,
         config,
-        prompt=schedule.pop(0),
-        prompt_schedule=schedule,
+        prompt=schedule[0],
+        prompt_schedule=later,
         given_latents=videos.get("initial_latent"),
         **_noise_and_source(meta, videos),
     )
@@ -70,10 +87,11 @@ def differences(
     found = {
         "latents": largest_difference([latents], [videos["latents"]]),
         "x0": largest_difference(x0, in_order(videos, "x0.")),
-        "inputs": largest_difference(inputs, in_order(videos, "chunk_input.")),
         "contexts": largest_difference(contexts.latents, in_order(videos, "context.")),
         "kv": _key_value_difference(tensors, recorder, first_context + contexts.forwards, steps),
     }
+    if in_order(videos, "chunk_input."):
+        found["inputs"] = largest_difference(inputs, in_order(videos, "chunk_input."))
     if in_order(videos, "reencoded."):
         found["reencoded"] = largest_difference(codec.encoded, in_order(videos, "reencoded."))
     return found
@@ -83,10 +101,10 @@ def settings(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> dict[str,
     chunk, context, steps = meta["num_frame_per_block"], meta["kv_cache_num_frames"], meta["num_denoising_steps"]
     return {
         "sampler": "recompute",
-        "sampler_options": {"context_frames": context, "keep_first_frame": meta["keep_first_frame"]},
+        "sampler_options": {"context_frames": context, "keep_first_frame": bool(meta.get("keep_first_frame"))},
         "height": 8 * meta["height"],
         "width": 8 * meta["width"],
-        "num_frames": 4 * (meta["num_output_frames"] - 1) + 1,
+        "num_frames": 4 * (videos["latents"].shape[2] - 1) + 1,
         "chunk_frames": chunk,
         "window_frames": context + chunk,
         "switch_policy": "cross_attention",
@@ -98,31 +116,74 @@ def settings(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> dict[str,
     }
 
 
-def prompt_schedule(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> dict[int, PromptState]:
-    """Embeddings by latent frame. A new prompt comes in over k chunks with weights linspace(0, 1, k)."""
-    chunk = meta["num_frame_per_block"]
+def prompt_schedules(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> list[dict[int, PromptState]]:
+    """Embeddings by latent frame. A new prompt comes in over k chunks with weights linspace(0, 1, k); one schedule for
+    each k that what was recorded of it may mean.
+
+    Raises:
+        ValueError: a change whose chunk or prompt is not to be found.
+    """
+    chunk, changes = meta["num_frame_per_block"], prompt_changes(meta)
     given = videos["initial_latent"].shape[2] if "initial_latent" in videos else 0
-    embeds = [embeds for _, embeds in sorted(padded_embeds(videos, meta["text_len"]).items())]
-    schedule, now = {0: embeds[0]}, embeds[0]
-    switches = sorted((int(number), change) for number, change in meta["prompt_switches"].items())
-    for (number, change), new in zip(switches, embeds[1:], strict=True):
-        old, start = now, given + number * chunk
-        for place, weight in enumerate(torch.linspace(0, 1, _chunks_of(change)).tolist()):
-            now = schedule[start + place * chunk] = torch.lerp(old, new, weight)
-    return {frame: PromptState(embeds, None) for frame, embeds in schedule.items()}
+    named = padded_embeds(videos, meta["text_len"])
+    if all(re.fullmatch(r"c\d+", name) for name in named):  # of every chunk from which on there are others
+        numbers = {int(name[1:]): prompt for name, prompt in named.items()}
+        return [{given * (n > 0) + chunk * n: PromptState(prompt, None) for n, prompt in numbers.items()}]
+    embeds = prompts_of(videos, meta, 1 + len(changes))
+    schedules = []
+    for counts in itertools.product(*(change.counts for change in changes)):
+        schedule = {0: embeds[0]}
+        for change, count, new in zip(changes, counts, embeds[1:], strict=True):
+            start = given + change.chunk * chunk
+            schedule = {frame: prompt for frame, prompt in schedule.items() if frame < max(start, 1)}
+            old = schedule[max(schedule)]
+            for place, weight in enumerate(torch.linspace(0, 1, count).tolist()):
+                schedule[start + place * chunk] = torch.lerp(old, new, weight)
+        schedules.append({f: PromptState(e, None) for f, e in schedule.items() if f < videos["latents"].shape[2]})
+    return schedules
 
 
-def _chunks_of(change: Any) -> int:
-    """Chunks of a prompt change, recorded as their number, or with it in a dict or behind the prompt in a list."""
-    counts = [change]
-    if isinstance(change, dict):
-        words = ("step", "chunk", "interp", "blend", "k")
-        counts = [value for key, value in change.items() if any(word in key.lower() for word in words)]
-    elif isinstance(change, list):
-        counts = [value for value in change if isinstance(value, int)][-1:]
-    if len(counts) != 1 or not isinstance(counts[0], int):
-        raise ValueError(f"this kind does not know how the prompt change {change!r} is recorded")
-    return counts[0]
+@dataclass(frozen=True)
+class PromptChange:
+    chunk: int
+    """From which on the embeddings change."""
+    counts: tuple[int, ...]
+    """Of the chunks that it takes, what there may be; the server's own default is 4."""
+
+
+DEFAULT_COUNT = 4
+
+
+def prompt_changes(meta: dict[str, Any]) -> list[PromptChange]:
+    """In order of time. The readme does not say how they are recorded, so everything that says it is understood: a
+    dict by the chunk, or a list of dicts or of lists that begin with it.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    recorded = meta.get("prompt_switches") or {}
+    if isinstance(recorded, dict):
+        entries = [(int(re.findall(r"\d+", key)[0]), value) for key, value in recorded.items()]
+    elif all(isinstance(entry, list) for entry in recorded):
+        entries = [(entry[0], entry[1:]) for entry in recorded]
+    else:
+        entries = [(_chunk_of(entry), entry) for entry in recorded]
+    return [PromptChange(chunk, _counts(change)) for chunk, change in sorted(entries, key=lambda entry: entry[0])]
+
+
+def _chunk_of(change: dict[str, Any]) -> int:
+    for word in ("chunk", "at_chunk", "start_chunk", "chunk_index", "block", "at", "start"):
+        if isinstance(change.get(word), int):
+            return int(change[word])
+    raise ValueError(f"this kind does not find the chunk in the prompt change {change!r}")
+
+
+def _counts(change: Any) -> tuple[int, ...]:
+    """Chunks that a prompt change may take: numbers under a word for it, then all others that are there."""
+    entries = change if isinstance(change, dict) else dict(enumerate(change if isinstance(change, list) else [change]))
+    numbers = {str(key).lower(): value for key, value in entries.items() if type(value) is int and value > 0}
+    told = [n for key, n in numbers.items() if any(word in key for word in ("step", "interp", "blend", "chunks"))]
+    return tuple(dict.fromkeys([*told, *reversed(numbers.values()), DEFAULT_COUNT]))
 
 
 def _is_from_source(videos: dict[str, torch.Tensor]) -> bool:
@@ -130,15 +191,18 @@ def _is_from_source(videos: dict[str, torch.Tensor]) -> bool:
 
 
 def _noise_and_source(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> dict[str, Any]:
+    given = videos["initial_latent"].shape[2] if "initial_latent" in videos else 0
+    generated = videos["latents"].shape[2] - given
     if not _is_from_source(videos):
-        given = videos["initial_latent"].shape[2] if "initial_latent" in videos else 0
-        return {"latents": videos["noise"][:, :, given : meta["num_output_frames"]]}
-    noise = torch.cat(in_order(videos, "v2v_noise"), dim=2)[:, :, : meta["num_output_frames"]]
-    latents = videos.get("video_latents")
-    if latents is None:  # of a camera only what chunks started from is recorded
-        sigma = meta["schedule"]["sigmas_used"][0]
-        latents = (torch.cat(in_order(videos, "chunk_input."), dim=2) - sigma * noise) / (1 - sigma)
-    return {"latents": noise, "source": _RecordedSource(latents)}
+        return {"latents": videos["noise"][:, :, : given + generated][:, :, -generated:]}
+    noise = torch.cat(in_order(videos, "v2v_noise"), dim=2)[:, :, :generated]
+    recorded = in_order(videos, "video_latents")
+    if recorded:
+        return {"latents": noise, "source": _RecordedSource(torch.cat(recorded, dim=2))}
+    # Of a camera only what chunks started from is recorded.
+    sigma, started = meta["schedule"]["sigmas_used"][0], in_order(videos, "chunk_input.")
+    mixed = torch.cat(started, dim=2) if started else videos["noise"][:, :, :generated]
+    return {"latents": noise, "source": _RecordedSource((mixed - sigma * noise) / max(1 - sigma, 1e-9))}
 
 
 class _RecordedSource:

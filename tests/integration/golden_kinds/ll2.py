@@ -50,8 +50,9 @@ def differences(
     with recorder.recording(), torch.no_grad():
         chunks = list(rollout)
         # The clean pass of the last chunk, which a rollout has no use for.
-        past = Past(rollout.config, rollout.denoiser, rollout.history, rollout.frames_done)
-        rollout.switching.policy.cache_past(past, rollout.sampler.cache_past)
+        sampler = rollout.sampler
+        past = Past(rollout.config, rollout.denoiser, rollout.history, sampler.recache_window, rollout.frames_done)
+        rollout.switching.policy.cache_past(past, sampler.cache_past)
     latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
 
     sigmas = meta["schedule"]["sigmas"]

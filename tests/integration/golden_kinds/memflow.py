@@ -14,11 +14,12 @@ from golden_kinds.recording import (
     channels_first,
     in_order,
     largest_difference,
-    padded_embeds,
+    prompts_of,
     transformer_of,
 )
 from golden_kinds.self_forcing import scheduler_of
 from wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive.cache import memory_bank
 from wan_autoregressive.pipelines.denoiser import Denoiser
 
 KIND = "memflow"
@@ -40,18 +41,17 @@ def differences(
     sinusoid_dtype: float32 as diffusers, float64 as the original.
     changes: Settings of the rollout that are to differ from the original's.
     """
-    if meta["SMA"]:
+    if meta.get("SMA"):
         raise ValueError("this package does not choose among sink and bank for each head and query (SMA)")
     videos = channels_first(tensors)
     transformer = transformer_of(meta, weights_folder / WEIGHTS, "generator_ema")
     transformer.set_sinusoid_dtype(sinusoid_dtype)
     pipe = WanAutoregressivePipeline(None, None, transformer, None, scheduler_of(meta))
-    embeds = padded_embeds(videos, meta["text_len"])
-    starts = [0, *(meta["switch_frame_indices"] or [])]
-    prompts = dict(zip(starts, (embeds[name] for name in sorted(embeds)), strict=True))
+    starts = [0, *(meta.get("switch_frame_indices") or [])]
+    prompts = dict(zip(starts, prompts_of(videos, meta, len(starts)), strict=True))
     settings = {**settings_of(meta), **changes}
     rollout = pipe.rollout(prompt_schedule=prompts, latents=videos["noise"], **settings)
-    recorder, bank = Recorder(meta["kv_layer"]), _Bank(meta["kv_layer"])
+    recorder, bank = Recorder(meta["kv_layer"]), _Bank(meta["kv_layer"], _chunks_with_ties(meta))
     with recorder.recording(in_order(videos, "renoise.")), bank.recording(), torch.no_grad():
         latents = torch.cat([chunk.latents for chunk in rollout], dim=2)
         rollout.sampler.cache_past()  # the original makes the last context pass, too
@@ -68,7 +68,7 @@ def differences(
 
 
 def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
-    is_plain = meta["pipeline"] == "plain"
+    is_plain = meta.get("pipeline", "plain") == "plain"
     return {
         "sampler": "memory_bank",
         "sampler_options": {
@@ -89,14 +89,35 @@ def settings_of(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _chunks_with_ties(meta: dict[str, Any]) -> set[int]:
+    """Chunks behind a new prompt before which a full bank kept the frames that came first in every layer: the original
+    compares them with text keys that are still zero then."""
+    size, chunk = meta["bank_size"], meta["num_frame_per_block"]
+    switches = {frame // chunk for frame in meta.get("switch_frame_indices") or []}
+    before, found = None, set()
+    for forward in meta.get("forwards", []):
+        banks = forward.get("bank_after_per_layer", before)
+        if before is not None and forward["chunk"] in switches and banks != before:
+            is_full = not any("empty" in bank for bank in before)
+            first_stay = all(new[: size - 1] == old[: size - 1] for new, old in zip(banks, before, strict=True))
+            found |= {forward["chunk"]} if is_full and first_stay else set()
+        before = banks
+    return found
+
+
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Bank:
-    """Keys and values of window and bank after every context pass and re-cache, `(batch, tokens, heads, head_dim)`."""
+    """Keys and values of window and bank after every context pass and re-cache, `(batch, tokens, heads, head_dim)`.
 
-    def __init__(self, layer: int) -> None:
+    Args:
+        ties: Chunks before which all frames of a full bank have equally much to do with the prompt.
+    """
+
+    def __init__(self, layer: int, ties: set[int]) -> None:
         self._layer = layer
+        self._ties = ties
         self.windows: list[KeyValue] = []
         self.frames: list[KeyValue | tuple[()]] = []
         self.rewritten: dict[int, KeyValue | tuple[()]] = {}
@@ -116,7 +137,14 @@ class _Bank:
             rewrite_context(denoiser, *args, **kwargs)
             self.rewritten[len(self.windows)] = self._held(denoiser)
 
+        relevance = memory_bank.relevance
+
+        def tied_relevance(text_key: torch.Tensor, frame_keys: torch.Tensor) -> torch.Tensor:
+            found = relevance(text_key, frame_keys)
+            return -torch.arange(found.shape[1]).expand(found.shape) if len(self.windows) in self._ties else found
+
         with (
+            patch.object(memory_bank, "relevance", tied_relevance),
             patch.object(Denoiser, "cache_context", recording_pass),
             patch.object(Denoiser, "rewrite_context", recording_rewrite),
         ):

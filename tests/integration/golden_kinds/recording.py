@@ -1,6 +1,7 @@
 """What our code computes at the places where the originals were recorded, and how far apart the two are."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,27 @@ def padded_embeds(tensors: dict[str, torch.Tensor], text_len: int) -> dict[str, 
             name = key.removesuffix("_unpadded").removeprefix("prompt_embeds").removeprefix(".")
             embeds[name] = F.pad(unpadded, (0, 0, 0, text_len - unpadded.shape[1]))
     return embeds
+
+
+def prompts_of(tensors: dict[str, torch.Tensor], meta: dict[str, Any], count: int = 1) -> list[torch.Tensor]:
+    """The prompts that follow each other, `(batch, text_tokens, text_dim)` each. Those of a batch were recorded
+    together or each by itself.
+
+    Args:
+        count: Of prompts that there must be. Raises `ValueError` for others.
+    """
+    embeds, batch = padded_embeds(tensors, meta["text_len"]), meta.get("batch", 1)
+    found = [embeds[name] for name in sorted(embeds, key=_place_in_time)]
+    if len(found) == count * batch > count:
+        found = [torch.cat(found[i * batch : (i + 1) * batch]) for i in range(count)]
+    if len(found) != count:
+        raise ValueError(f"there are {len(found)} prompts, {', '.join(sorted(embeds))}, for {count}")
+    return [of_one.expand(batch, -1, -1) for of_one in found]
+
+
+def _place_in_time(name: str) -> tuple[bool, list[int]]:
+    """Of a prompt: by the numbers in its name, or as its name has it."""
+    return any(word in name for word in ("new", "after", "second", "to")), [int(n) for n in re.findall(r"\d+", name)]
 
 
 def transformer_of(meta: dict[str, Any], weights: Path, entry: str) -> CausalWanTransformer3DModel:

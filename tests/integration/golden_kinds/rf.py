@@ -12,7 +12,7 @@ from golden_kinds.recording import (
     channels_first,
     in_order,
     largest_difference,
-    padded_embeds,
+    prompts_of,
     transformer_of,
 )
 from wan_autoregressive import CausalWanTransformer3DModel, SelfForcingScheduler, WanAutoregressivePipeline
@@ -84,7 +84,7 @@ def rollout_arguments(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> 
         "sink_frames": meta["sink_blocks"] * chunk,
         "context_noise": meta["context_noise"],
         "latents": videos["noise"],
-        "prompt_embeds": padded_embeds(videos, meta["text_len"])[""],
+        "prompt_embeds": prompts_of(videos, meta)[0],
     }
 
 

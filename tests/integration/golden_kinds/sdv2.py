@@ -19,7 +19,7 @@ from golden_kinds.recording import (
     channels_first,
     in_order,
     largest_difference,
-    padded_embeds,
+    prompts_of,
     transformer_of,
 )
 from wan_autoregressive import SelfForcingScheduler, WanKVCache
@@ -58,8 +58,8 @@ def differences(
     rollout = WanRollout(
         WanComponents(transformer, scheduler),
         RolloutConfig(**{**settings(meta, videos), **changes}),
-        prompt=PromptState(padded_embeds(videos, meta["text_len"])[""], None),
-        latents=torch.cat([videos["noise.prepare"], *in_order(videos, "noise.call")], dim=2),
+        prompt=PromptState(prompts_of(videos, meta)[0], None),
+        latents=torch.cat([videos["noise.prepare"], *_streamed_noise(videos)], dim=2),
         source=_RecordedSource(videos["video_latents"], tensors["frames"].transpose(1, 2)),
     )
     forwards = _forwards(meta, videos)
@@ -91,12 +91,13 @@ def differences(
 
 
 def settings(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> dict[str, Any]:
-    chunk, first = meta["num_frame_per_block"], videos["noise.prepare"].shape[2]
+    chunk, first = _chunk_frames(meta, videos), videos["noise.prepare"].shape[2]
     options: dict[str, Any] = {"sequential": _is_sequential(meta)}
     if _is_adaptive(meta):
         options["adaptive_sink"] = meta["adapt_sink_threshold"]
-    if meta["t_refresh"] is not None and meta["t_refresh"] < videos["video_latents"].shape[2]:
-        options["restart_positions"] = meta["t_refresh"]
+    restart = meta.get("t_refresh")
+    if restart is not None and restart < videos["video_latents"].shape[2]:
+        options["restart_positions"] = restart
     return {
         "sampler": "stream_batch",
         "sampler_options": options,
@@ -114,7 +115,12 @@ def settings(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> dict[str,
 
 
 def _is_adaptive(meta: dict[str, Any]) -> bool:
-    return meta["adapt_sink_threshold"] > -1 and meta["num_frame_per_block"] == 1 and not _is_sequential(meta)
+    return meta.get("adapt_sink_threshold", -1) > -1 and meta["num_frame_per_block"] == 1 and not _is_sequential(meta)
+
+
+def _chunk_frames(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> int:
+    """Of what enters in a call, which in a session may be more than a block."""
+    return next((noise.shape[2] for noise in _streamed_noise(videos)), meta["num_frame_per_block"])
 
 
 def _is_sequential(meta: dict[str, Any]) -> bool:
@@ -142,12 +148,19 @@ def _forwards(meta: dict[str, Any], videos: dict[str, torch.Tensor]) -> list[_Fo
     for call in meta["calls"]:
         for lane in call["lanes"]:
             is_seen = (
-                _is_adaptive(meta) if lane["warmup"] else lane["video_frames"][0] < videos["video_latents"].shape[2]
+                _is_adaptive(meta)
+                if lane.get("warmup")
+                else lane["video_frames"][0] < videos["video_latents"].shape[2]
             )
             if is_seen:
                 number = None if len(call["lanes"]) == 1 else lane["lane"]
                 found.append(_Forward(call["call"], number, lane["timestep"]))
     return found
+
+
+def _streamed_noise(videos: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Of the chunks behind the first one, recorded by the call or by the chunk."""
+    return [tensor for key, tensor in sorted(videos.items()) if key.startswith("noise.") and "prepare" not in key]
 
 
 def _draws(meta: dict[str, Any], videos: dict[str, torch.Tensor], forwards: list[_Forward]) -> list[torch.Tensor]:
@@ -156,8 +169,8 @@ def _draws(meta: dict[str, Any], videos: dict[str, torch.Tensor], forwards: list
     steps, draws = len(meta["denoising_steps"]), in_order(videos, "renoise.prepare.")
     streamed = [forward for forward in forwards if forward.call >= steps]
     for forward in sorted(streamed, key=lambda forward: (forward.call, -(forward.lane or 0))):
-        own = "" if forward.lane is None else f"lane{forward.lane}"
-        draws += in_order(videos, f"renoise.call{forward.call:03}.{own}")
+        own = "" if forward.lane is None else f".lane{forward.lane}"
+        draws += in_order(videos, f"renoise.call{forward.call:03}{own}")
     return draws
 
 
