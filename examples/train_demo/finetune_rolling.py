@@ -19,8 +19,14 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from examples.train_demo import world
 from examples.train_demo.evaluate import evaluate_pipeline
 from examples.train_demo.export import save_checkpoint
-from examples.train_demo.flow_batches import tied_noise
-from examples.train_demo.latent_pool import CHUNK_FRAMES, encode_normalized, pixel_frames
+from examples.train_demo.flow_batches import first_chunk_targets, tied_noise
+from examples.train_demo.latent_pool import (
+    CHUNK_FRAMES,
+    LatentPool,
+    encode_normalized,
+    load_or_encode_kind,
+    pixel_frames,
+)
 from examples.train_demo.rolling_videos import RollingVideos
 from examples.train_demo.rolling_window import JointForward, Sight, Tick, video_ticks
 from examples.train_demo.score import summarize
@@ -35,13 +41,15 @@ STAGE = "rolling"
 class RollingSettings:
     """How long, how fast and on what the model is fine-tuned."""
 
-    steps: int = 800
+    steps: int = 450
     learning_rate: float = 2e-3
     videos: int = 8  # that go through their ticks together, a training step for each tick
     groups: int = 4  # of such videos, in turns, so that neighbouring steps differ
     chunks: int = 9  # of a video
     past_chunks: int = 2  # finished ones that are there beside the sink, see `JointForward`
-    own_after: float = 0.5  # share of the steps after which all that is in flight is the model's own
+    first_pool: int = 200  # entries of the pool of first chunks
+    first_batch: int = 16  # first chunks beside the videos in each step: they are hard, and videos show few
+    own_share: float = 0.5  # of the chunks go on from what the model made of them; reached after half of the steps
     samples: int = 6  # held-out prompts that are rendered and scored on the way
     sample_chunks: int = 8
 
@@ -52,6 +60,7 @@ class RollingTrainer:
     Args:
         model: trained in place.
         text: embeddings (scenes, tokens, dim) of all training scenes.
+        firsts: pool of first chunks.
     """
 
     def __init__(
@@ -59,11 +68,13 @@ class RollingTrainer:
         model: WanTransformer3DModel,
         vae: AutoencoderKLWan,
         text: torch.Tensor,
+        firsts: LatentPool,
         settings: RollingSettings,
         worker: Worker,
         seed: int,
     ) -> None:
-        self.vae, self.text, self.settings, self.worker, self.seed = vae, text, settings, worker, seed
+        self.vae, self.text, self.firsts = vae, text, firsts
+        self.settings, self.worker, self.seed = settings, worker, seed
         self.joint = JointForward(model, Sight(), settings.past_chunks)
         self.ticks = video_ticks(settings.chunks)
         self._groups: dict[int, RollingVideos] = {}
@@ -80,11 +91,18 @@ class RollingTrainer:
         loss, clean = videos.loss(tick, self.joint)
         if number + 1 < count:
             following = self.ticks[number + 1]
-            own_share = min(1.0, step / (settings.own_after * settings.steps))
+            own_share = settings.own_share * min(1.0, 2 * step / settings.steps)
             is_own = torch.rand(videos.is_own.shape, generator=generator) < own_share
             noise = torch.randn(videos.clips[:, :, following.frames].shape, generator=generator)
             self._groups[group] = videos.after(tick, following, clean, is_own, noise)
-        return {"loss": loss, f"tick_{number}": loss}
+        first = self._first_chunk_loss(generator)
+        return {"loss": loss + first, "first": first, f"tick_{number}": loss}
+
+    def _first_chunk_loss(self, generator: torch.Generator) -> torch.Tensor:
+        targets = first_chunk_targets(self.firsts, self.text, self.settings.first_batch, generator)
+        assert targets.noise is not None
+        videos = RollingVideos.right(self.ticks[0], targets.latents, targets.text, targets.noise)
+        return videos.loss(self.ticks[0], self.joint)[0]
 
     @torch.no_grad()
     def _begin(self, tick: Tick, generator: torch.Generator) -> RollingVideos:
@@ -104,7 +122,9 @@ class RollingTrainer:
 
 def smoke_settings() -> RollingSettings:
     """A few steps, to see that all of it runs."""
-    return RollingSettings(steps=6, videos=1, groups=2, chunks=2, samples=1, sample_chunks=2)
+    return RollingSettings(
+        steps=6, videos=1, groups=2, chunks=2, first_pool=2, first_batch=2, samples=1, sample_chunks=2
+    )
 
 
 def finetune(output: Path, settings: RollingSettings, seed: int = 0) -> None:
@@ -115,7 +135,8 @@ def finetune(output: Path, settings: RollingSettings, seed: int = 0) -> None:
     pipe.set_progress_bar_config(disable=True)
     model = WanTransformer3DModel.from_pretrained(demo_checkpoint() / "transformer", dtype=torch.float32)
     text = embed_prompts(pipe.tokenizer, pipe.text_encoder, [scene.prompt for scene in world.training_scenes()])
-    trainer = RollingTrainer(model, pipe.vae, text, settings, Worker(), seed)
+    firsts = load_or_encode_kind("first", settings.first_pool, pipe.vae, folder, Worker(), Acceleration(), seed)
+    trainer = RollingTrainer(model, pipe.vae, text, firsts, settings, Worker(), seed)
     held_out = world.spread(world.held_out_scenes(), settings.samples)
 
     def sample(step: int) -> dict[str, float]:

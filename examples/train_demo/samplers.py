@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Judge every sampler with the arguments of the command line and print a table of figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the packaged demo)")
+    names = {settings.get("sampler", "chunkwise") for settings in SAMPLERS.values()}
+    parser.add_argument("--only", choices=sorted(names), help="judge this sampler alone")
     parser.add_argument("--limit", type=int, default=12, help="held-out prompts, spread evenly (default: 12)")
     parser.add_argument("--chunks", type=int, default=10, help="chunks of 3 latent frames (default: 10)")
     parser.add_argument("--sheets", type=Path, metavar="DIR", help="write a contact sheet for each sampler there")
@@ -49,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"| sampler | {' | '.join(name.replace('_', ' ') for name in FIGURES)} |")
     print(f"|---{'|---' * len(FIGURES)}|")
     for number, (name, settings) in enumerate(SAMPLERS.items()):
-        sheet = None
+        sampler, sheet = settings.get("sampler", "chunkwise"), None
+        if args.only not in (None, sampler):
+            continue
         if args.sheets is not None:
             args.sheets.mkdir(parents=True, exist_ok=True)
-            sheet = args.sheets / f"{number}_{settings.get('sampler', 'chunkwise')}.png"
+            sheet = args.sheets / f"{number}_{sampler}.png"
         scores = evaluate_pipeline(pipe, scenes, chunks=args.chunks, sheet=sheet, **settings)
         figures = summarize(scores)
         print(f"| {name} | {' | '.join(f'{figures[key]:.2f}' for key in FIGURES)} |", flush=True)
