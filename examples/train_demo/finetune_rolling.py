@@ -3,7 +3,7 @@
     python -m examples.train_demo.finetune_rolling --output DIR
 
 The model makes whole videos as the sampler does, tick by tick, and learns at each tick from the right clip. What is in
-flight and what is finished come at first from the right latents, and more and more from what the model itself made of
+flight and what is finished come at first from the right latents, later as often from what the model itself made of
 them. Training state, log and sample pictures go to `OUTPUT/training`, the checkpoint itself to `OUTPUT/checkpoint`.
 Run the same command again to go on after an interruption.
 """

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from examples.train_demo import finetune_rolling, world
+from examples.train_demo.rolling_errors import errors_by_frame
 from examples.train_demo.rolling_videos import RollingVideos
 from examples.train_demo.rolling_window import JointForward, Sight, video_ticks
 from examples.train_demo.sampling import generate_latents
 from examples.train_demo.text import TEXT_DIM
 from examples.train_demo.train_flow import FlowSettings, create_transformer
-from wan_autoregressive import WanAutoregressivePipeline
+from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
 from wan_autoregressive.pipelines.denoiser import Denoiser
 from wan_autoregressive.pipelines.noise import NoiseSource
 
@@ -147,3 +148,11 @@ def test_a_finished_run_resumes_without_training_again(smoke_run):
     before = sum("loss" in line for line in logged(smoke_run))
     finetune_rolling.main(["--output", str(smoke_run), "--smoke"])
     assert sum("loss" in line for line in logged(smoke_run)) == before
+
+
+@pytest.mark.slow
+def test_the_shipped_checkpoint_does_not_know_noisy_neighbours():
+    """What the fine-tuning is for: in each frame it makes less of them than of a clean past."""
+    errors = errors_by_frame(demo_checkpoint(), 2, Sight())
+    assert len(errors["joint"]) == 12
+    assert all(joint > 1.2 * alone for joint, alone in zip(errors["joint"], errors["alone"], strict=True))
