@@ -8,6 +8,7 @@ only its context.
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -73,14 +74,26 @@ def load_or_encode(
     vae: AutoencoderKLWan, folder: Path, settings: PoolSettings, worker: Worker, fast: Acceleration, seed: int
 ) -> tuple[LatentPool, LatentPool]:
     """The pools of whole clips and of first chunks. Each worker encodes its share; all of them get everything."""
-    groups = _scene_groups()
-    for kind, count in (("clips", settings.clips), ("first", settings.first_chunks)):
-        path = folder / f"pool_{kind}_{worker.rank}.pt"
-        if not path.is_file():
-            pool = _encode_pool(vae, groups, count // worker.count, kind == "clips", worker, fast, seed)
-            torch.save(vars(pool), path)
+    clips = load_or_encode_kind("clips", settings.clips, vae, folder, worker, fast, seed)
+    return clips, load_or_encode_kind("first", settings.first_chunks, vae, folder, worker, fast, seed)
+
+
+def load_or_encode_kind(
+    kind: Literal["clips", "first"],
+    count: int,
+    vae: AutoencoderKLWan,
+    folder: Path,
+    worker: Worker,
+    fast: Acceleration,
+    seed: int,
+) -> LatentPool:
+    """One of the two pools, with `count` entries."""
+    path = folder / f"pool_{kind}_{worker.rank}.pt"
+    if not path.is_file():
+        pool = _encode_pool(vae, _scene_groups(), count // worker.count, kind == "clips", worker, fast, seed)
+        torch.save(vars(pool), path)
     worker.wait()
-    return _load(folder, "clips"), _load(folder, "first")
+    return _load(folder, kind)
 
 
 def _scene_groups() -> torch.Tensor:

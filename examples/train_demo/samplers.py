@@ -14,6 +14,7 @@ import torch
 
 from examples.train_demo import world
 from examples.train_demo.evaluate import evaluate_pipeline
+from examples.train_demo.rolling_window import Sight
 from examples.train_demo.score import summarize
 from wan_autoregressive import WanAutoregressivePipeline, demo_checkpoint
 
@@ -23,10 +24,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "`memory_bank`, 3 frames": {
         **{"sampler": "memory_bank", "window_frames": 12, "sink_frames": 3, "memory_bank_frames": 3},
     },
-    "`rolling`": {
-        **{"sampler": "rolling", "window_frames": 18, "sink_frames": 3, "position_mode": "sink_relative"},
-        "sampler_options": {"attended_frames": 15},
-    },
+    "`rolling`": Sight().sampler_settings,
     "`recompute`": {"sampler": "recompute", "window_frames": 6, "switch_policy": "cross_attention"},
     "`recompute`, 6 context frames": {
         **{"sampler": "recompute", "window_frames": 9, "switch_policy": "cross_attention"},
@@ -40,20 +38,25 @@ FIGURES = ("background", "color", "shape", "direction", "overlap", "drift", "fli
 def main(argv: Sequence[str] | None = None) -> None:
     """Judge every sampler with the arguments of the command line and print a table of figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint folder (default: the packaged demo)")
+    names = {settings.get("sampler", "chunkwise") for settings in SAMPLERS.values()}
+    parser.add_argument("--only", choices=sorted(names), help="judge this sampler alone")
     parser.add_argument("--limit", type=int, default=12, help="held-out prompts, spread evenly (default: 12)")
     parser.add_argument("--chunks", type=int, default=10, help="chunks of 3 latent frames (default: 10)")
     parser.add_argument("--sheets", type=Path, metavar="DIR", help="write a contact sheet for each sampler there")
     args = parser.parse_args(argv)
-    pipe = WanAutoregressivePipeline.from_pretrained(str(demo_checkpoint()), dtype=torch.float32)
+    pipe = WanAutoregressivePipeline.from_pretrained(args.model or demo_checkpoint(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     scenes = world.spread(world.held_out_scenes(), args.limit)
     print(f"| sampler | {' | '.join(name.replace('_', ' ') for name in FIGURES)} |")
     print(f"|---{'|---' * len(FIGURES)}|")
     for number, (name, settings) in enumerate(SAMPLERS.items()):
-        sheet = None
+        sampler, sheet = settings.get("sampler", "chunkwise"), None
+        if args.only not in (None, sampler):
+            continue
         if args.sheets is not None:
             args.sheets.mkdir(parents=True, exist_ok=True)
-            sheet = args.sheets / f"{number}_{settings.get('sampler', 'chunkwise')}.png"
+            sheet = args.sheets / f"{number}_{sampler}.png"
         scores = evaluate_pipeline(pipe, scenes, chunks=args.chunks, sheet=sheet, **settings)
         figures = summarize(scores)
         print(f"| {name} | {' | '.join(f'{figures[key]:.2f}' for key in FIGURES)} |", flush=True)

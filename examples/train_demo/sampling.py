@@ -1,5 +1,7 @@
 """Chunk-by-chunk generation during training: the pipeline of the library, in latents."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
@@ -17,11 +19,12 @@ def generate_latents(
     text: torch.Tensor,
     chunks: int,
     generator: torch.Generator,
-    window_chunks: int = 4,
+    **settings: Any,
 ) -> torch.Tensor:
     """Roll out `chunks` chunks for embeddings `text` (B, tokens, dim): latents (B, 16, 3 * chunks, 8, 8), normalised.
 
-    The weights of `transformer` are copied into the causal model of the library.
+    The weights of `transformer` are copied into the causal model of the library. `settings`: further arguments of the
+    pipeline.
     """
     causal = CausalWanTransformer3DModel(**transformer.config).eval()
     causal.load_state_dict(transformer.state_dict())
@@ -35,9 +38,9 @@ def generate_latents(
         width=world.SIZE,
         num_frames=pixel_frames(chunks * CHUNK_FRAMES),
         chunk_frames=CHUNK_FRAMES,
-        window_frames=window_chunks * CHUNK_FRAMES,
         generator=generator,
         output_type="latent",
+        **{"window_frames": 4 * CHUNK_FRAMES, **settings},
     ).frames
 
 

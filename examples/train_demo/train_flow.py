@@ -20,6 +20,7 @@ from examples.train_demo.flow_batches import (
     first_chunk_targets,
     random_sigmas,
 )
+from examples.train_demo.flow_loss import flow_loss, mix, per_frame, spread
 from examples.train_demo.latent_pool import CHUNK_FRAMES, LatentPool
 from examples.train_demo.packed import PackedLayout, make_layout, packed_flow
 from examples.train_demo.sampling import DENOISING_STEPS
@@ -27,9 +28,7 @@ from examples.train_demo.self_rollout import RolloutPool
 from examples.train_demo.text import TEXT_DIM
 from examples.train_demo.training_loop import Acceleration, Schedule, Worker, train
 
-FIRST_STEP_WEIGHT = 2.0  # loss weight of pure noise, where the layout of the chunk is decided
 FIRST_CHUNK_START_SHARE = 0.25  # of the first chunks begin at pure noise, beyond those that do so by chance
-OWN_INPUT_SIGMA = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +103,8 @@ class FlowTrainer:
 
         sigmas = random_sigmas((len(targets.latents),), on_steps, generator, start_share=FIRST_CHUNK_START_SHARE)
         base, is_own = self._base(targets.latents, sigmas, own, generator, targets.noise, predict)
-        noisy = _mix(base, _noise(targets, sigmas, generator), sigmas)
-        return _loss(predict(noisy, sigmas), noisy, targets.latents, targets.weight, sigmas, is_own)
+        noisy = mix(base, _noise(targets, sigmas, generator), sigmas)
+        return flow_loss(predict(noisy, sigmas), noisy, targets.latents, targets.weight, sigmas, is_own)
 
     def clip_loss(self, targets: Targets, on_steps: float, own: float, generator: torch.Generator) -> torch.Tensor:
         """Loss on continuation chunks, each at its own noise level, `copies` times per clip."""
@@ -118,14 +117,14 @@ class FlowTrainer:
         chunks = latents.shape[2] // CHUNK_FRAMES
 
         def predict(noisy: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-            frames = torch.cat([torch.zeros(batch, context.shape[2]), _per_frame(sigmas)], dim=1)
+            frames = torch.cat([torch.zeros(batch, context.shape[2]), per_frame(sigmas)], dim=1)
             packed = torch.cat([context, noisy], dim=2)
             return self._flow(packed, frames, targets.text, layout)[:, :, context.shape[2] :]
 
         sigmas = random_sigmas((batch, chunks), on_steps, generator)
         base, is_own = self._base(latents, sigmas, own, generator, None, predict)
-        noisy = _mix(base, torch.randn(latents.shape, generator=generator), sigmas)
-        return _loss(predict(noisy, sigmas), noisy, latents, weight, sigmas, is_own)
+        noisy = mix(base, torch.randn(latents.shape, generator=generator), sigmas)
+        return flow_loss(predict(noisy, sigmas), noisy, latents, weight, sigmas, is_own)
 
     def _base(
         self,
@@ -145,12 +144,12 @@ class FlowTrainer:
         earlier = earlier.clamp(max=1)
         noise = torch.randn(latents.shape, generator=generator)
         if first_noise is not None:
-            noise = torch.where(_spread(earlier == 1, latents), first_noise, noise)
+            noise = torch.where(spread(earlier == 1, latents), first_noise, noise)
         with torch.no_grad():
-            noisy = _mix(latents, noise, earlier)
-            predicted = noisy - _spread(earlier, latents) * predict(noisy, earlier)
+            noisy = mix(latents, noise, earlier)
+            predicted = noisy - spread(earlier, latents) * predict(noisy, earlier)
         use = has_earlier & (torch.rand(sigmas.shape, generator=generator) < own)
-        return torch.where(_spread(use, latents), predicted, latents), use
+        return torch.where(spread(use, latents), predicted, latents), use
 
     def _flow(
         self, latents: torch.Tensor, sigmas: torch.Tensor, text: torch.Tensor, layout: PackedLayout
@@ -204,39 +203,4 @@ def _noise(targets: Targets, sigmas: torch.Tensor, generator: torch.Generator) -
     fresh = torch.randn(targets.latents.shape, generator=generator)
     if targets.noise is None:
         return fresh
-    return torch.where(_spread(sigmas > 0.98, fresh), targets.noise, fresh)
-
-
-def _loss(
-    flow: torch.Tensor,
-    noisy: torch.Tensor,
-    latents: torch.Tensor,
-    weight: torch.Tensor,
-    sigmas: torch.Tensor,
-    is_own: torch.Tensor,
-) -> torch.Tensor:
-    """Weighted square error of the flow that leads from `noisy` to `latents`.
-
-    Where `noisy` is made from an own prediction, its mistakes count 1 / sigma^2 in the flow; at low noise that would
-    drown everything else, so it is limited to what it is at `OWN_INPUT_SIGMA`.
-    """
-    error = (flow - (noisy - latents) / _spread(sigmas, noisy)).square()
-    level = torch.where(sigmas > 0.98, FIRST_STEP_WEIGHT, 1.0)
-    level = torch.where(is_own, (sigmas / sigmas.clamp(min=OWN_INPUT_SIGMA)).square(), level)
-    return (error * weight * _spread(level, noisy)).mean()
-
-
-def _mix(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    sigmas = _spread(sigmas, latents)
-    return (1 - sigmas) * latents + sigmas * noise
-
-
-def _spread(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Values (B,) or per chunk (B, chunks) -> a shape that broadcasts over latents (B, C, F, H, W)."""
-    if values.ndim == 1:
-        return values[:, None, None, None, None]
-    return _per_frame(values)[:, None, :, None, None]
-
-
-def _per_frame(values: torch.Tensor) -> torch.Tensor:
-    return values.repeat_interleave(CHUNK_FRAMES, dim=1)
+    return torch.where(spread(sigmas > 0.98, fresh), targets.noise, fresh)
