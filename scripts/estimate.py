@@ -81,8 +81,10 @@ def _table(workload: Workload, estimate: MemoryEstimate) -> Table:
         "weights: transformer": estimate.experts * estimate.transformer_bytes,
         "weights: VAE": estimate.vae_bytes,
         "weights: text encoder": estimate.text_encoder_bytes,
+        **({"weights: image encoder": estimate.image_encoder_bytes} if estimate.image_encoder_bytes else {}),
         f"held: K/V of {frames} latent frames": estimate.kv_cache_bytes,
         "held: K/V of the text": estimate.text_kv_bytes,
+        **({"held: the image, at most": estimate.image_condition_bytes} if estimate.image_condition_bytes else {}),
         "held: VAE decoder state": estimate.vae_state_bytes,
         "held: latents": estimate.latents_bytes,
         "held: inputs of a forward": estimate.input_bytes,
@@ -100,4 +102,6 @@ def _table(workload: Workload, estimate: MemoryEstimate) -> Table:
         table.add_row(name, human_bytes(count))
     for stage, flops in estimate.flops.items():
         table.add_row(f"a chunk: {stage}", f"{flops / 1e12:.4g} TFLOP")
+    for model, flops in estimate.image_flops.items():
+        table.add_row(f"the image, once: {model}", f"{flops / 1e12:.4g} TFLOP")
     return table

@@ -8,13 +8,17 @@ from collections.abc import Collection
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from wan_autoregressive.configs.choices import OutputType
 from wan_autoregressive.models.causal_wan_transformer import CausalWanTransformer3DModel
 from wan_autoregressive.models.tiny_vae import AutoencoderTinyWan
 from wan_autoregressive.pipelines import WanAutoregressivePipeline
+from wan_autoregressive.pipelines.image_condition import blank_image_condition
+from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.schedulers import SelfForcingScheduler
+from wan_autoregressive.scripts.costs.sizes import ModelSizes
 from wan_autoregressive.scripts.costs.workload import Workload
 
 
@@ -35,13 +39,17 @@ def build_pipeline(workload: Workload) -> WanAutoregressivePipeline:
             for _ in range(workload.model.experts)
         ]
         vae = _build_vae(workload) if workload.with_vae else None
-    for model in (*transformers, vae):
+        image_encoder = _build_image_encoder(workload.model)
+    for model in (*transformers, vae, image_encoder):
         if model is not None:
             cast_weights(model.eval().requires_grad_(False), dtype, model._keep_in_fp32_modules)
     if vae is not None and workload.vae_tiling:
         vae.enable_tiling()
     second = {"transformer_2": transformers[1], "boundary_ratio": 0.875} if len(transformers) == 2 else {}
-    pipe = WanAutoregressivePipeline(None, None, transformers[0], vae, SelfForcingScheduler(), **second)
+    pipe = WanAutoregressivePipeline(
+        None, None, transformers[0], vae, SelfForcingScheduler(), image_encoder=image_encoder, **second
+    )
+    pipe.image_processor = None if image_encoder is None else object()  # a blank image needs no processing
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -51,6 +59,10 @@ def _build_vae(workload: Workload) -> AutoencoderKLWan | AutoencoderTinyWan:
         assert workload.model.tiny_vae is not None
         return AutoencoderTinyWan.from_config(dict(workload.model.tiny_vae))
     return AutoencoderKLWan.from_config(dict(workload.model.vae))
+
+
+def _build_image_encoder(model: ModelSizes) -> CLIPVisionModel | None:
+    return None if model.image_encoder is None else CLIPVisionModel(CLIPVisionConfig(**model.image_encoder))
 
 
 def usable_device(name: str) -> torch.device:
@@ -71,12 +83,15 @@ def prompt_embeds(workload: Workload) -> torch.Tensor:
 
 
 def start_rollout(pipe: WanAutoregressivePipeline, workload: Workload, decode: bool = True) -> WanRollout:
-    """The rollout of this workload, with random text and noise."""
+    """The rollout of this workload, with random text and noise, and a blank image where there has to be one."""
     output_type: OutputType = "pt" if decode and pipe.vae is not None else "latent"
-    return pipe.rollout(
-        **dataclasses.asdict(dataclasses.replace(workload.rollout, output_type=output_type)),
-        prompt_embeds=prompt_embeds(workload),
+    components, config = pipe.wan_components(), dataclasses.replace(workload.rollout, output_type=output_type)
+    return pipe.rollouts(
+        components,
+        config,
+        PromptState(prompt_embeds(workload)),
         generator=torch.Generator().manual_seed(workload.seed),
+        image=blank_image_condition(components, config, 1, components.device),
     )
 
 

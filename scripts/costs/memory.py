@@ -10,14 +10,14 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_autoregressive.models.codec import codec_of
 from wan_autoregressive.pipelines.rollout import WanRollout
-from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode, flop_counter
+from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode, FusedAttention, flop_counter
 from wan_autoregressive.scripts.costs.build import build_pipeline, cast_weights, start_rollout, weights_bytes
 from wan_autoregressive.scripts.costs.formulas import StageCosts, costs_per_chunk
+from wan_autoregressive.scripts.costs.image_costs import image_flops
 from wan_autoregressive.scripts.costs.sampler_costs import steady_costs
 from wan_autoregressive.scripts.costs.weight_formats import formatted_bytes, unpacked_bytes
 from wan_autoregressive.scripts.costs.workload import Workload
@@ -33,8 +33,13 @@ class MemoryEstimate:
     vae_bytes: int
     text_encoder_bytes: int
     """0 for a checkpoint without one."""
+    image_encoder_bytes: int
+    """0 for a transformer that attends to no image."""
     kv_cache_bytes: int
     text_kv_bytes: int
+    """Of an image that is attended to as well."""
+    image_condition_bytes: int
+    """Of what a transformer is conditioned on beside the prompt, at most; 0 for one that sees no image."""
     vae_state_bytes: int
     latents_bytes: int
     """Of the window, which a re-cache starts from, of the chunk in the making and of others in flight."""
@@ -47,17 +52,19 @@ class MemoryEstimate:
     """Most that decoding one chunk has at once beside all of the above; the decoder's next state is in it."""
     flops: dict[str, int]
     """By stage; a multiply-add counts as 2."""
+    image_flops: dict[str, int]
+    """Of encoding the image before the first chunk, by model, at most."""
 
     @property
     def held_bytes(self) -> int:
         """What lives as long as the video."""
-        keys_values = self.kv_cache_bytes + self.text_kv_bytes
-        return keys_values + self.vae_state_bytes + self.latents_bytes + self.input_bytes
+        conditions = self.text_kv_bytes + self.image_condition_bytes + self.input_bytes
+        return self.kv_cache_bytes + conditions + self.vae_state_bytes + self.latents_bytes
 
     @property
     def most_bytes(self) -> dict[str, int]:
         """Most at once, by what is on the device."""
-        models = self.experts * self.transformer_bytes + self.vae_bytes
+        models = self.experts * self.transformer_bytes + self.vae_bytes + self.image_encoder_bytes
         forward, decode = self.forward_peak_bytes, self.decode_peak_bytes
         without_text = models + self.held_bytes + max(forward, decode)
         return {
@@ -95,8 +102,10 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
         experts=workload.model.experts,
         vae_bytes=weights_bytes(pipe.vae),
         text_encoder_bytes=_text_encoder_bytes(workload),
+        image_encoder_bytes=weights_bytes(pipe.image_encoder),
         kv_cache_bytes=held.kv_cache_bytes or 0,
         text_kv_bytes=held.text_kv_bytes,
+        image_condition_bytes=held.image_condition_bytes,
         vae_state_bytes=held.vae_state_bytes or 0,
         latents_bytes=latents_bytes,
         input_bytes=rollout.denoiser.input_bytes,
@@ -104,6 +113,7 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
         decode_peak_bytes=decode.peak_bytes,
         flops={stage: costs.flops for stage, costs in _costs(workload, steady_chunk).items()}
         | {"decode": decode_flops[1]},
+        image_flops=image_flops(pipe, workload),
     )
 
 
@@ -124,8 +134,15 @@ def _steady_chunk(workload: Workload) -> int:
 def _costs(workload: Workload, chunk_index: int) -> dict[str, StageCosts]:
     if workload.rollout.sampler == "chunkwise":
         return costs_per_chunk(workload, chunk_index)
-    rollout, config = workload.rollout, workload.model.transformer
-    return steady_costs(config, rollout, workload.steps, workload.tokens_per_frame, itemsize=1)
+    rollout, model = workload.rollout, workload.model
+    return steady_costs(
+        model.transformer,
+        rollout,
+        workload.steps,
+        workload.tokens_per_frame,
+        itemsize=1,
+        image_tokens=model.image_tokens,
+    )
 
 
 @torch.no_grad()
@@ -138,7 +155,7 @@ def count_decode(workload: Workload) -> tuple[AllocationCounts, tuple[int, int]]
     flops = []
     for _ in ("first", "later"):
         counts = AllocationCounts()
-        with _FusedAttention(), flop_counter() as counter, AllocationMode(counts):
+        with FusedAttention(), flop_counter() as counter, AllocationMode(counts):
             decoder.decode(latents)
         flops.append(counter.get_total_flops())
     return counts, (flops[0], flops[1])
@@ -171,7 +188,7 @@ def _count_forward(workload: Workload, chunk_index: int) -> tuple[WanRollout, Al
         options = {**workload.rollout.sampler_options, "keep_first_frame": True}
         workload = workload.with_rollout(sampler_options=options)
     rollout, counts = start_rollout(build_pipeline(workload), workload), AllocationCounts()
-    with _FusedAttention():
+    with FusedAttention():
         for _ in range(chunk_index):
             rollout.make_latents(rollout.begin_chunk())
         latents_bytes = rollout.history.nbytes + rollout.sampler.nbytes + _latents(workload).nbytes
@@ -192,16 +209,3 @@ def _counted(forward: Any, most: AllocationCounts) -> Any:
         return result
 
     return counted
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention as one kernel, as devices have it; on the meta device PyTorch would write all scores to memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _fused_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]

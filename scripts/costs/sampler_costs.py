@@ -58,13 +58,20 @@ def steady_forwards(rollout: RolloutConfig, steps: int) -> StageForwards:
 
 
 def steady_costs(
-    model: Mapping[str, Any], rollout: RolloutConfig, steps: int, tokens_per_frame: int, itemsize: int, scale: int = 0
+    model: Mapping[str, Any],
+    rollout: RolloutConfig,
+    steps: int,
+    tokens_per_frame: int,
+    itemsize: int,
+    scale: int = 0,
+    image_tokens: int = 0,
 ) -> dict[str, StageCosts]:
     """Of `steady_forwards`, by stage, for one branch and one video. Text and timesteps are embedded before.
 
     Args:
         model: Config of the transformer.
         itemsize, scale (`int`): Bytes of a number in the cache, and of the scale of a token and head.
+        image_tokens (`int`): Of an image that is attended to beside the text.
     """
     costs = {}
     for stage, forwards in steady_forwards(rollout, steps).items():
@@ -80,6 +87,7 @@ def steady_costs(
                 text_ready=True,
                 time_ready=True,
                 keys_values_only=forward.keys_values_only,
+                image_tokens=image_tokens,
             )
             written += kv_bytes_written(model, forward.kept * tokens_per_frame, itemsize, forward.rows, scale)
             read += kv_bytes_read(model, own + past, itemsize, forward.rows, forward.keys_values_only, scale)

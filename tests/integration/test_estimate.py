@@ -35,9 +35,20 @@ VARIANTS = {
     "stream_batch": {"sampler": "stream_batch"},
     "tiles": {"vae_tiling": True, "height": 288, "window_frames": 6},
     "tiny VAE": {"tiny_vae": True},
-    "pair": {"steps": 4, "model": replace(ModelSizes.of_preset("demo"), experts=2)},
 }
-QUICK = ("window", "tiny VAE")
+DEMO = ModelSizes.of_preset("demo")
+CLIP = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+SEES_IMAGE = {**DEMO.transformer, "in_channels": DEMO.transformer["in_channels"] + 4 + DEMO.channels}
+SEES_CLIP = {**SEES_IMAGE, "image_dim": 24, "added_kv_proj_dim": DEMO.dim}
+SEEING = replace(DEMO, transformer=SEES_CLIP, image_encoder={**CLIP, "image_size": 28, "patch_size": 14})
+VARIANTS |= {
+    "image": {"model": SEEING},
+    "image, no window": {"model": SEEING, "window_frames": None, "sink_frames": 0, "chunks": 3},
+    "image, memory_bank": {**VARIANTS["memory_bank"], "model": SEEING},
+    "pair": {"steps": 4, "model": replace(DEMO, experts=2)},
+    "image, pair": {"steps": 4, "model": replace(DEMO, transformer=SEES_IMAGE, experts=2)},
+}
+QUICK = ("window", "tiny VAE", "image")
 
 
 CHUNKS_MORE = {"memory_bank": 2, "rolling": 3, "stream_batch": 2}
@@ -55,9 +66,10 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     workload = make_workload(**{"layers": 2, "steps": 2, "height": 64, "width": 64, **changes})
     estimate = estimate_memory(workload)
     pipe = build_pipeline(workload)
-    weights = [sum(p.nbytes for p in model.parameters()) for model in (pipe.transformer, pipe.vae)]
+    models = pipe.transformer, pipe.vae, pipe.image_encoder
+    weights = [0 if model is None else sum(p.nbytes for p in model.parameters()) for model in models]
     assert (pipe.transformer_2 is None) == (estimate.experts == 1)
-    assert weights == [estimate.transformer_bytes, estimate.vae_bytes]
+    assert weights == [estimate.transformer_bytes, estimate.vae_bytes, estimate.image_encoder_bytes]
 
     rollout, counted = start_rollout(pipe, workload), start_rollout(pipe, workload)
     last = workload.chunks - 1 if workload.window_tokens is None else workload.chunks_to_fill + 1
