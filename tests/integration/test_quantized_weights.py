@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aligned_weights import align_weights
 from diffusers import GGUFQuantizationConfig, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 from saved_rollouts import assert_same, start, state_of
@@ -165,6 +166,25 @@ def test_a_state_knows_the_format_of_its_weights(form, quantized, tiny_checkpoin
     start(pipe).save(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"is of another transformer|other weights: their (names|values)"):
         quantized.resume(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(name, marks=MARKS[name]) for name in ("int8", "int8 dynamic")])
+def test_a_saved_folder_gives_the_same_video(kind, tiny_checkpoint, tmp_path):
+    """To the bit, once no weight is where a file happens to have it; loaded in the dtype that it was made in."""
+    made = FORMATS[kind].load(tiny_checkpoint)
+    start(made).save(tmp_path / "state")  # before diffusers rewrites its config
+    made.save_pretrained(tmp_path / "folder")
+    again = plain(tmp_path / "folder")
+    now, before = (weights_fingerprint(pipe.transformer) for pipe in (again, made))
+    assert now == before
+    torch.testing.assert_close(latents_of(again), latents_of(made), rtol=0, atol=1e-4)
+    assert torch.equal(latents_of(align_weights(again)), latents_of(align_weights(made)))
+    for pipe in (made, again):
+        pipe.resume(tmp_path / "state")
+    with_another_dtype = WanAutoregressivePipeline.from_pretrained(tmp_path / "folder")
+    assert with_another_dtype.transformer.dtype == torch.bfloat16  # as docs/MEMORY.md warns
+    with pytest.raises(ValueError, match=r"is of another transformer|other weights"):
+        with_another_dtype.resume(tmp_path / "state")
 
 
 @pytest.mark.slow
