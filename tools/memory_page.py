@@ -83,7 +83,8 @@ without one diffusers takes bfloat16 for it, and the video is another. The weigh
 the video on a CPU once they begin at the same addresses as before (elsewhere some matrix products round otherwise, by
 1e-5 in the latents of the test).
 
-A GGUF file; its config comes from a folder of the same model:
+A GGUF file, in diffusers' names or in Wan's own, as most are published; its config comes from a folder of the same
+model:
 
 ```python
 from diffusers import GGUFQuantizationConfig

@@ -5,10 +5,11 @@ that of the unquantised weights is the relative L2 difference of the latents.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ from saved_rollouts import assert_same, start, state_of
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wan_autoregressive import CausalWanTransformer3DModel, WanAutoregressivePipeline
+from wan_autoregressive.models.conversion import convert_wan_state_dict, load_checkpoint
 from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
 from wan_autoregressive.scripts.costs.weight_formats import formatted_bytes
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "weights" / "tiny_self_forcing.pt"
 
 
 def has(package: str) -> pytest.MarkDecorator:
@@ -39,11 +43,19 @@ def with_torchao(folder: Path, kind: str) -> WanAutoregressivePipeline:
     return WanAutoregressivePipeline.from_pretrained(folder, dtype=torch.float32, quantization_config=mapping)
 
 
-def with_gguf(folder: Path, kind: str) -> WanAutoregressivePipeline:
+def original_names() -> dict[str, str]:
+    """Those of Wan's own code, in which most files are published, by diffusers' names."""
+    names: dict[str, Any] = {name: name.removeprefix("model.") for name in load_checkpoint(GOLDEN)}
+    return convert_wan_state_dict(names)
+
+
+def with_gguf(
+    folder: Path, kind: str, file: str | None = None, names: Mapping[str, str] | None = None
+) -> WanAutoregressivePipeline:
     """As published files are: matrices of the blocks in blocks of 32 numbers, all else in float32."""
     import gguf
 
-    path = folder.with_name(f"{kind}.gguf")
+    path = folder.with_name(f"{file or kind}.gguf")
     if not path.exists():
         writer = gguf.GGUFWriter(path, "wan")
         for name, tensor in plain(folder).transformer.state_dict().items():
@@ -51,7 +63,7 @@ def with_gguf(folder: Path, kind: str) -> WanAutoregressivePipeline:
             if name.startswith("blocks.") and values.ndim == 2 and values.shape[1] % 32 == 0:
                 form = gguf.GGMLQuantizationType[kind]
                 values = gguf.quants.quantize(values, form)
-            writer.add_tensor(name, values, raw_dtype=form)
+            writer.add_tensor(name if names is None else names[name], values, raw_dtype=form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -145,6 +157,19 @@ def bytes_of(weight: torch.Tensor) -> int:
     if is_traceable_wrapper_subclass(weight):
         return sum(getattr(weight, part).nbytes for part in weight.__tensor_flatten__()[0])
     return weight.as_subclass(torch.Tensor).nbytes
+
+
+@has("gguf")
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_gguf_file_in_wans_own_names(prefix, tiny_checkpoint):
+    names = {name: prefix + original for name, original in original_names().items()}
+    assert "self_attn.q" in names["blocks.0.attn1.to_q.weight"]
+    expected = with_gguf(tiny_checkpoint, "Q4_0").transformer
+    made = with_gguf(tiny_checkpoint, "Q4_0", f"named {prefix}", names).transformer
+    assert weights_fingerprint(made) == weights_fingerprint(expected)  # formats too
+    for name, weight in expected.state_dict().items():
+        numbers = (one.as_subclass(torch.Tensor) for one in (weight, made.state_dict()[name]))
+        assert torch.equal(*numbers)
 
 
 @pytest.mark.slow
