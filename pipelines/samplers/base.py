@@ -109,6 +109,18 @@ class Sampler:
             raise ValueError(f"given_in_chunk does not work with sampler {config.sampler!r}; leave it out")
 
     @classmethod
+    def options(cls, config: RolloutConfig) -> dict[str, Any]:
+        """All of `sampler_options`, those that are not set as the constructor has them."""
+        parameters = inspect.signature(cls).parameters
+        defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+        return {**defaults, **config.sampler_options}
+
+    @classmethod
+    def chunks_to_settle(cls, config: RolloutConfig, steps: int) -> int:
+        """Chunks after the one that has filled the window until each costs the same."""
+        return 0
+
+    @classmethod
     def needs_pixels(cls, config: RolloutConfig) -> bool:
         """Whether a chunk can only be begun once the one before it is decoded."""
         return False

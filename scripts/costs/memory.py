@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
+from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.models.codec import codec_of
+from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode, FusedAttention, flop_counter
 from wan_autoregressive.scripts.costs.build import build_pipeline, cast_weights, start_rollout, weights_bytes
+from wan_autoregressive.scripts.costs.encoding import context_flops, image_flops
 from wan_autoregressive.scripts.costs.formulas import StageCosts, costs_per_chunk
-from wan_autoregressive.scripts.costs.image_costs import image_flops
 from wan_autoregressive.scripts.costs.sampler_costs import steady_costs
 from wan_autoregressive.scripts.costs.weight_formats import formatted_bytes, unpacked_bytes
 from wan_autoregressive.scripts.costs.workload import Workload
@@ -42,7 +44,8 @@ class MemoryEstimate:
     """Of what a transformer is conditioned on beside the prompt, at most; 0 for one that sees no image."""
     vae_state_bytes: int
     latents_bytes: int
-    """Of the window, which a re-cache starts from, of the chunk in the making and of others in flight."""
+    """Of the window, which a re-cache starts from, of the chunk in the making and of others in flight; and of pixel
+    frames that the sampler keeps."""
     input_bytes: int
     """What forwards read beside weights, keys and values: rotary tables above all."""
     forward_peak_bytes: int
@@ -89,6 +92,9 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
     """
     workload = dataclasses.replace(workload, device="meta")
     pipe = build_pipeline(workload)
+    sampler = workload.rollout.sampler
+    if SAMPLERS.load(sampler).needs_pixels(workload.rollout) and pipe.vae is None:
+        raise ValueError(f"sampler {sampler!r} needs a VAE with these sampler_options; leave out --no-vae")
     held = pipe.estimate(**dataclasses.asdict(workload.rollout))
     steady_chunk = _steady_chunk(workload)
     decode, decode_flops = count_decode(workload)
@@ -97,6 +103,8 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
     if weights is not None:
         transformer_bytes = formatted_bytes(pipe.transformer, weights)
         unpacked = unpacked_bytes(pipe.transformer, weights)
+    flops = {stage: costs.flops for stage, costs in _costs(workload, steady_chunk).items()}
+    flops |= {"clean_pass": flops["clean_pass"] + context_flops(pipe, workload), "decode": decode_flops[1]}
     return MemoryEstimate(
         transformer_bytes=transformer_bytes,
         experts=workload.model.experts,
@@ -111,8 +119,7 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
         input_bytes=rollout.denoiser.input_bytes,
         forward_peak_bytes=forward.peak_bytes + unpacked,
         decode_peak_bytes=decode.peak_bytes,
-        flops={stage: costs.flops for stage, costs in _costs(workload, steady_chunk).items()}
-        | {"decode": decode_flops[1]},
+        flops=flops,
         image_flops=image_flops(pipe, workload),
     )
 
@@ -122,13 +129,8 @@ def _steady_chunk(workload: Workload) -> int:
     rollout = workload.rollout
     if rollout.window_frames is None:
         return workload.chunks - 1
-    filled, options = workload.chunks_to_fill + 1, rollout.sampler_options
-    later = {
-        "memory_bank": rollout.memory_bank_frames * options.get("bank_interval", 3),
-        "rolling": options.get("attended_frames", 21) // rollout.chunk_frames,
-        "stream_batch": workload.steps,
-    }
-    return filled + later.get(rollout.sampler, 0)
+    settles: int = SAMPLERS.load(rollout.sampler).chunks_to_settle(rollout, workload.steps)
+    return workload.chunks_to_fill + 1 + settles
 
 
 def _costs(workload: Workload, chunk_index: int) -> dict[str, StageCosts]:
@@ -161,6 +163,15 @@ def count_decode(workload: Workload) -> tuple[AllocationCounts, tuple[int, int]]
     return counts, (flops[0], flops[1])
 
 
+def _pixels(rollout: WanRollout, made: ChunkInFlight) -> torch.Tensor:
+    """Of a chunk, as its decoder gives them."""
+    components, config, chunk = rollout.components, rollout.config, made.chunk
+    assert components.codec is not None
+    frames = components.geometry.pixel_frames(chunk.stop) - components.geometry.pixel_frames(chunk.start)
+    dtype = next(components.codec.vae.parameters()).dtype
+    return torch.empty(1, 3, frames, config.height, config.width, dtype=dtype, device=rollout.device)
+
+
 def _latents(workload: Workload) -> torch.Tensor:
     """Of a chunk, in float32 as a rollout has them."""
     return torch.empty(workload.latents_shape, device=workload.device)
@@ -183,14 +194,15 @@ def _count_forward(workload: Workload, chunk_index: int) -> tuple[WanRollout, Al
     Two layers have the peak of all: a layer leaves nothing but what is held.
     """
     model = workload.model.with_layers(min(workload.model.layers, 2))
-    workload = dataclasses.replace(workload, model=model, with_vae=False)
-    if workload.rollout.sampler == "recompute":  # the same forwards without pixels
-        options = {**workload.rollout.sampler_options, "keep_first_frame": True}
-        workload = workload.with_rollout(sampler_options=options)
+    sampler = SAMPLERS.load(workload.rollout.sampler)
+    workload = dataclasses.replace(workload, model=model, with_vae=sampler.needs_pixels(workload.rollout))
     rollout, counts = start_rollout(build_pipeline(workload), workload), AllocationCounts()
     with FusedAttention():
         for _ in range(chunk_index):
-            rollout.make_latents(rollout.begin_chunk())
+            made = rollout.begin_chunk()
+            rollout.make_latents(made)
+            if workload.with_vae:
+                rollout.sampler.take_pixels(made.chunk, _pixels(rollout, made))
         latents_bytes = rollout.history.nbytes + rollout.sampler.nbytes + _latents(workload).nbytes
         for name in ("predict", "predict_lanes", "cache_context"):
             setattr(rollout.denoiser, name, _counted(getattr(rollout.denoiser, name), counts))

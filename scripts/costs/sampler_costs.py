@@ -1,4 +1,4 @@
-"""Which forwards a chunk takes with each sampler once the window is full, and what they cost. No torch in here."""
+"""Which forwards a chunk takes with each sampler once the window is full, and what they cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.scripts.costs.formulas import StageCosts, flops_per_forward, kv_bytes_read, kv_bytes_written
 
@@ -101,6 +102,11 @@ def _dim(model: Mapping[str, Any]) -> int:
     return int(model["num_attention_heads"] * model["attention_head_dim"])
 
 
+def _options(rollout: RolloutConfig) -> dict[str, Any]:
+    options: dict[str, Any] = SAMPLERS.load(rollout.sampler).options(rollout)
+    return options
+
+
 def _chunkwise(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:
     chunk = rollout.chunk_frames
     context = [Forward(chunk, window - chunk, chunk, keys_values_only=True)] if rollout.clean_pass else []
@@ -116,14 +122,14 @@ def _memory_bank(rollout: RolloutConfig, steps: int, window: int) -> StageForwar
 
 def _rolling(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:
     chunk, sink = rollout.chunk_frames, rollout.sink_frames
-    attended, own = rollout.sampler_options.get("attended_frames", 21), steps * chunk
+    attended, own = _options(rollout)["attended_frames"], steps * chunk
     past = sink + max(0, min(attended - sink - own, window - sink - chunk))
     context = Forward(chunk, min(attended, window) - chunk, chunk, keys_values_only=True)
     return {"denoise": [Forward(own, past, kept=0)], "clean_pass": [context]}
 
 
 def _recompute(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:
-    chunk, context = rollout.chunk_frames, rollout.sampler_options.get("context_frames", 3)
+    chunk, context = rollout.chunk_frames, _options(rollout)["context_frames"]
     parts = [(start, min(chunk, context - start)) for start in range(0, context, chunk)]
     return {
         "denoise": [Forward(chunk, context, chunk)] * steps,
@@ -132,7 +138,7 @@ def _recompute(rollout: RolloutConfig, steps: int, window: int) -> StageForwards
 
 
 def _stream_batch(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:
-    chunk, rows = rollout.chunk_frames, 1 if rollout.sampler_options.get("sequential") else steps
+    chunk, rows = rollout.chunk_frames, 1 if _options(rollout)["sequential"] else steps
     forward = Forward(chunk, window - chunk, chunk, rows)
     return {"denoise": [forward] * (steps // rows), "clean_pass": []}
 

@@ -28,7 +28,9 @@ VARIANTS = {
         **{"sampler": "rolling", "sink_frames": 0, "window_frames": 9, "position_mode": "sink_relative"},
         "sampler_options": {"attended_frames": 9},
     },
-    "recompute": {
+    "recompute": {"sampler": "recompute", "sink_frames": 0, "window_frames": 6},
+    "recompute, bfloat16": {"sampler": "recompute", "sink_frames": 0, "window_frames": 6, "dtype": "bfloat16"},
+    "recompute, first frame kept": {
         **{"sampler": "recompute", "sink_frames": 0, "window_frames": 6},
         "sampler_options": {"keep_first_frame": True},
     },
