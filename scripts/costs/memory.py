@@ -17,7 +17,13 @@ from wan_autoregressive.models.codec import codec_of
 from wan_autoregressive.pipelines.chunk_in_flight import ChunkInFlight
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode, FusedAttention, flop_counter
-from wan_autoregressive.scripts.costs.build import build_pipeline, cast_weights, start_rollout, weights_bytes
+from wan_autoregressive.scripts.costs.build import (
+    build_pipeline,
+    build_vae,
+    cast_weights,
+    start_rollout,
+    weights_bytes,
+)
 from wan_autoregressive.scripts.costs.encoding import context_flops, image_flops
 from wan_autoregressive.scripts.costs.formulas import StageCosts, costs_per_chunk
 from wan_autoregressive.scripts.costs.sampler_costs import steady_costs
@@ -51,6 +57,9 @@ class MemoryEstimate:
     forward_peak_bytes: int
     """Most that one forward of the transformer has at once beside all of the above; weights in fewer bits are scaled
     back layer by layer, of which the largest is in it."""
+    preview_vae_bytes: int
+    """0 without one."""
+    preview_state_bytes: int
     decode_peak_bytes: int
     """Most that decoding one chunk has at once beside all of the above; the decoder's next state is in it."""
     flops: dict[str, int]
@@ -62,20 +71,22 @@ class MemoryEstimate:
     def held_bytes(self) -> int:
         """What lives as long as the video."""
         conditions = self.text_kv_bytes + self.image_condition_bytes + self.input_bytes
-        return self.kv_cache_bytes + conditions + self.vae_state_bytes + self.latents_bytes
+        states = self.vae_state_bytes + self.preview_state_bytes
+        return self.kv_cache_bytes + conditions + states + self.latents_bytes
 
     @property
     def most_bytes(self) -> dict[str, int]:
         """Most at once, by what is on the device."""
         models = self.experts * self.transformer_bytes + self.vae_bytes + self.image_encoder_bytes
         forward, decode = self.forward_peak_bytes, self.decode_peak_bytes
-        without_text = models + self.held_bytes + max(forward, decode)
+        beside = self.held_bytes + self.preview_vae_bytes  # which no offload moves
+        without_text = models + beside + max(forward, decode)
         return {
             "all_models": without_text + self.text_encoder_bytes,
             "without_text_encoder": without_text,
-            "decode_alongside": models + self.held_bytes + forward + decode,
-            "transformer_alone": self.transformer_bytes + self.held_bytes + forward,
-            "vae_alone": self.vae_bytes + self.held_bytes + decode,
+            "decode_alongside": models + beside + forward + decode,
+            "transformer_alone": self.transformer_bytes + beside + forward,
+            "vae_alone": self.vae_bytes + beside + decode,
         }
 
 
@@ -105,6 +116,9 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
         unpacked = unpacked_bytes(pipe.transformer, weights)
     flops = {stage: costs.flops for stage, costs in _costs(workload, steady_chunk).items()}
     flops |= {"clean_pass": flops["clean_pass"] + context_flops(pipe, workload), "decode": decode_flops[1]}
+    preview_bytes = preview_state_bytes = preview_peak_bytes = 0
+    if workload.preview_vae:
+        preview_bytes, preview_state_bytes, preview_peak_bytes, flops["preview"] = _count_preview(workload.of_preview)
     return MemoryEstimate(
         transformer_bytes=transformer_bytes,
         experts=workload.model.experts,
@@ -118,7 +132,9 @@ def estimate_memory(workload: Workload, weights: str | None = None) -> MemoryEst
         latents_bytes=latents_bytes,
         input_bytes=rollout.denoiser.input_bytes,
         forward_peak_bytes=forward.peak_bytes + unpacked,
-        decode_peak_bytes=decode.peak_bytes,
+        preview_vae_bytes=preview_bytes,
+        preview_state_bytes=preview_state_bytes,
+        decode_peak_bytes=max(decode.peak_bytes, preview_peak_bytes),
         flops=flops,
         image_flops=image_flops(pipe, workload),
     )
@@ -152,8 +168,8 @@ def count_decode(workload: Workload) -> tuple[AllocationCounts, tuple[int, int]]
     """Memory of decoding a chunk after the first; floating-point operations of the first and of any later one."""
     if not workload.with_vae:
         return AllocationCounts(), (0, 0)
-    workload = dataclasses.replace(workload, model=workload.model.with_layers(1), device="meta")
-    decoder, latents = codec_of(build_pipeline(workload).vae).decoder(), _latents(workload)
+    workload = dataclasses.replace(workload, device="meta")
+    decoder, latents = codec_of(_vae(workload)).decoder(), _latents(workload)
     flops = []
     for _ in ("first", "later"):
         counts = AllocationCounts()
@@ -161,6 +177,19 @@ def count_decode(workload: Workload) -> tuple[AllocationCounts, tuple[int, int]]
             decoder.decode(latents)
         flops.append(counter.get_total_flops())
     return counts, (flops[0], flops[1])
+
+
+def _count_preview(workload: Workload) -> tuple[int, int, int, int]:
+    """Bytes of the preview VAE, of its state and of its peak, and its operations for a chunk."""
+    vae, rollout = _vae(workload), workload.rollout
+    counts, flops = count_decode(workload)
+    state_bytes = codec_of(vae).state_bytes(1, rollout.height, rollout.width)
+    return weights_bytes(vae), state_bytes, counts.peak_bytes, flops[1]
+
+
+def _vae(workload: Workload) -> torch.nn.Module:
+    with torch.device("meta"):
+        return build_vae(workload)
 
 
 def _pixels(rollout: WanRollout, made: ChunkInFlight) -> torch.Tensor:
@@ -194,8 +223,8 @@ def _count_forward(workload: Workload, chunk_index: int) -> tuple[WanRollout, Al
     Two layers have the peak of all: a layer leaves nothing but what is held.
     """
     model = workload.model.with_layers(min(workload.model.layers, 2))
-    sampler = SAMPLERS.load(workload.rollout.sampler)
-    workload = dataclasses.replace(workload, model=model, with_vae=sampler.needs_pixels(workload.rollout))
+    needs_pixels = SAMPLERS.load(workload.rollout.sampler).needs_pixels(workload.rollout)
+    workload = dataclasses.replace(workload, model=model, with_vae=needs_pixels, preview_vae=False)
     rollout, counts = start_rollout(build_pipeline(workload), workload), AllocationCounts()
     with FusedAttention():
         for _ in range(chunk_index):

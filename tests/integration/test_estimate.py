@@ -10,7 +10,7 @@ from benchmarks.counting import count_step
 from wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.scripts.cli import main
 from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode
-from wan_autoregressive.scripts.costs.build import build_pipeline, start_rollout
+from wan_autoregressive.scripts.costs.build import build_pipeline, start_rollout, weights_bytes
 from wan_autoregressive.scripts.costs.memory import estimate_memory
 from wan_autoregressive.scripts.costs.sizes import ModelSizes
 from wan_autoregressive.scripts.costs.workload import make_workload
@@ -37,6 +37,7 @@ VARIANTS = {
     "stream_batch": {"sampler": "stream_batch"},
     "tiles": {"vae_tiling": True, "height": 288, "window_frames": 6},
     "tiny VAE": {"tiny_vae": True},
+    "preview VAE": {"preview_vae": True},
 }
 DEMO = ModelSizes.of_preset("demo")
 CLIP = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -69,7 +70,7 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     estimate = estimate_memory(workload)
     pipe = build_pipeline(workload)
     models = pipe.transformer, pipe.vae, pipe.image_encoder
-    weights = [0 if model is None else sum(p.nbytes for p in model.parameters()) for model in models]
+    weights = [weights_bytes(model) for model in models]
     assert (pipe.transformer_2 is None) == (estimate.experts == 1)
     assert weights == [estimate.transformer_bytes, estimate.vae_bytes, estimate.image_encoder_bytes]
 
@@ -83,7 +84,9 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     peaks: dict[str, list[int]] = {"predict": [], "predict_lanes": [], "decode": []}
     count_peaks(monkeypatch, rollout.denoiser, "predict", peaks)
     count_peaks(monkeypatch, rollout.denoiser, "predict_lanes", peaks)
-    count_peaks(monkeypatch, rollout.vae_decoder, "decode", peaks)
+    for decoder in (rollout.vae_decoder, rollout.preview_decoder):
+        if decoder is not None:
+            count_peaks(monkeypatch, decoder, "decode", peaks)
     latents_bytes = rollout.history.nbytes + rollout.sampler.nbytes + rollout.step().latents.nbytes
 
     assert rollout.denoiser.kv_cache_bytes == estimate.kv_cache_bytes
@@ -91,7 +94,10 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     assert rollout.vae_decoder.state_bytes == estimate.vae_state_bytes
     assert latents_bytes == estimate.latents_bytes
     assert rollout.denoiser.input_bytes == estimate.input_bytes
-    assert peaks["decode"] == [estimate.decode_peak_bytes]
+    preview = rollout.preview_decoder
+    assert (0 if preview is None else preview.state_bytes) == estimate.preview_state_bytes
+    assert (0 if preview is None else weights_bytes(preview.vae)) == estimate.preview_vae_bytes
+    assert max(peaks["decode"]) == estimate.decode_peak_bytes
     assert max(peaks["predict"] + peaks["predict_lanes"]) == estimate.forward_peak_bytes
 
 
