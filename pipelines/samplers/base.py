@@ -79,10 +79,6 @@ class Sampler:
     fills_memory_bank: ClassVar[bool] = False
     """Whether `memory_bank_frames` means something to it."""
 
-    counts_video_frames: ClassVar[bool] = True
-    """Whether the frames of its windows are numbered as in the video, as a transformer conditioned on an image needs
-    it."""
-
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
         self.source_latents: torch.Tensor | None = None
@@ -119,6 +115,12 @@ class Sampler:
     def chunks_to_settle(cls, config: RolloutConfig, steps: int) -> int:
         """Chunks after the one that has filled the window until each costs the same."""
         return 0
+
+    @classmethod
+    def counts_video_frames(cls, config: RolloutConfig) -> bool:
+        """Whether the frames of its windows are numbered as in the video, as a transformer that is conditioned on an
+        image needs it."""
+        return True
 
     @classmethod
     def needs_pixels(cls, config: RolloutConfig) -> bool:

@@ -37,8 +37,6 @@ class RecomputeSampler(Sampler):
             under the one before, as the original does, `new` under the chunk's own.
     """
 
-    counts_video_frames = False
-
     def __init__(
         self,
         context: SamplingContext,
@@ -79,6 +77,10 @@ class RecomputeSampler(Sampler):
             )
         if not config.clean_pass:
             raise ValueError("sampler 'recompute' has no clean pass; leave out clean_pass")
+
+    @classmethod
+    def counts_video_frames(cls, config: RolloutConfig) -> bool:
+        return False
 
     @classmethod
     def needs_pixels(cls, config: RolloutConfig) -> bool:

@@ -59,8 +59,6 @@ class StreamBatchSampler(Sampler):
             last step.
     """
 
-    counts_video_frames = False
-
     def __init__(
         self,
         context: SamplingContext,
@@ -106,6 +104,10 @@ class StreamBatchSampler(Sampler):
             )
         check_restart(config)
         check_adaptive_sink(config)
+
+    @classmethod
+    def counts_video_frames(cls, config: RolloutConfig) -> bool:
+        return cls.options(config)["restart_positions"] is None
 
     # Of the source.
 

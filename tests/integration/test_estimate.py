@@ -48,6 +48,7 @@ VARIANTS |= {
     "image": {"model": SEEING},
     "image, no window": {"model": SEEING, "window_frames": None, "sink_frames": 0, "chunks": 3},
     "image, memory_bank": {**VARIANTS["memory_bank"], "model": SEEING},
+    "image, stream_batch": {"model": SEEING, "sampler": "stream_batch"},
     "pair": {"steps": 4, "model": replace(DEMO, experts=2)},
     "image, pair": {"steps": 4, "model": replace(DEMO, transformer=SEES_IMAGE, experts=2)},
 }

@@ -219,12 +219,13 @@ def options(seed: int = 0) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["chunkwise", "rolling", "memory_bank"])
+@pytest.mark.parametrize("sampler", ["chunkwise", "rolling", "memory_bank", "stream_batch"])
 def test_resumed_and_forked_equal_uninterrupted(i2v, name, sampler, tmp_path):
     settings = {"chunkwise": {}, "rolling": {"first_chunk_frames": None, "window_frames": 15, "sink_frames": 0}}
+    settings["stream_batch"] = {"switch_policy": "cross_attention", "chunk_frames": 2}
     settings["memory_bank"] = {"memory_bank_frames": 1, "window_frames": 6, "sink_frames": 1}
     own = {**settings[sampler], "sampler": sampler}
-    if name == "i2v-a14b" and sampler == "rolling":
+    if name == "i2v-a14b" and sampler in ("rolling", "stream_batch"):
         pytest.skip("two transformers take chunk after chunk")
     expected = list(begin(i2v, **options() | own))
     rollout = begin(i2v, **options() | own)
