@@ -45,7 +45,8 @@ class ModelSizes:
         """Read from the configs of a checkpoint in diffusers' layout.
 
         Raises:
-            ValueError: there is none, its transformers differ, or they are conditioned on a last frame as well.
+            ValueError: there is none, its transformers differ, one of them is missing, or they are conditioned on a last
+                frame as well.
         """
         folder = Path(folder)
         transformer, experts = _config(folder, "transformer"), 1
@@ -53,6 +54,8 @@ class ModelSizes:
             experts = 2
             if _config(folder, "transformer_2") != transformer:
                 raise ValueError(f"the two transformers in '{folder}' have other sizes each; a pair is of one size")
+        elif _is_of_a_pair(folder):
+            raise ValueError(f"'{folder}' is of a model with two transformers, and there is no transformer_2 in it")
         if transformer.get("pos_embed_seq_len") is not None:
             raise ValueError(
                 f"the transformer in '{folder}' is conditioned on a first and a last frame, and a video that grows "
@@ -126,6 +129,13 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
         raise ValueError(f"there is no checkpoint in '{folder}': {part}/config.json is missing")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _is_of_a_pair(folder: Path) -> bool:
+    """By the model index, where there is one."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ())
 
 
 def _transformer(heads: int, ffn_dim: int, layers: int, channels: int = 16) -> dict[str, Any]:

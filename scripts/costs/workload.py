@@ -200,7 +200,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `workload_of` reads as well where it is there."""
     add = parser.add_argument
     add("--sampler", default="chunkwise", metavar="NAME", help="see docs/SAMPLERS.md (default: chunkwise)")
-    add("--sampler-options", type=json.loads, default={}, metavar="JSON", help="its parameters by name")
+    add("--sampler-options", type=_options, default={}, metavar="JSON", help="its parameters by name")
     add("--memory-bank-frames", type=int, default=0, metavar="N", help="of sampler memory_bank (default: 0)")
 
 
@@ -220,6 +220,16 @@ def workload_of(args: argparse.Namespace, **others: Any) -> Workload:
         dtype=args.dtype,
         **others,
     )
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"attended_frames": 12}}')
+    return options
 
 
 def _frames_or_none(word: str) -> int | None:

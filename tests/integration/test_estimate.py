@@ -161,5 +161,7 @@ def test_a_checkpoint_folder_gives_the_sizes(tiny_checkpoint, capsys):
     assert "tiny: 2 layers of 80, 64x64" in capsys.readouterr().out
     assert main(["estimate", "--model", str(tiny_checkpoint / "vae")]) == 2
     assert "transformer/config.json is missing" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["estimate", "--preset", "2b"])
+    for words in (["--preset", "2b"], ["--sampler-options", "{"], ["--sampler-options", "3"]):
+        with pytest.raises(SystemExit):
+            main(["estimate", *words])
+    assert "'3' is no JSON object such as" in capsys.readouterr().err
