@@ -45,7 +45,7 @@ class ModelSizes:
         """Read from the configs of a checkpoint in diffusers' layout.
 
         Raises:
-            ValueError: there is none, its transformers differ, one of them is missing, or they are conditioned on a last
+            ValueError: there is none, its transformers differ, one of them is missing, or it is conditioned on a last
                 frame as well.
         """
         folder = Path(folder)
