@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -69,7 +69,8 @@ def _build_image_encoder(workload: Workload) -> CLIPVisionModel | None:
 
 
 def _as_loaded(model: Model, workload: Workload) -> Model:
-    cast_weights(model.eval().requires_grad_(False), getattr(torch, workload.dtype), model._keep_in_fp32_modules)
+    kept: Any = model._keep_in_fp32_modules
+    cast_weights(model.eval().requires_grad_(False), getattr(torch, workload.dtype), kept)
     return model
 
 
