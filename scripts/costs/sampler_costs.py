@@ -67,12 +67,12 @@ def steady_costs(
     scale: int = 0,
     image_tokens: int = 0,
 ) -> dict[str, StageCosts]:
-    """Of `steady_forwards`, by stage, for one branch and one video. Text and timesteps are embedded before.
+    """Of `steady_forwards`, by stage, for one branch and one video. Text and timesteps are embedded before, and so is an
+    image of `image_tokens`, if the text is attended to beside one.
 
     Args:
         model: Config of the transformer.
         itemsize, scale (`int`): Bytes of a number in the cache, and of the scale of a token and head.
-        image_tokens (`int`): Of an image that is attended to beside the text.
     """
     costs = {}
     for stage, forwards in steady_forwards(rollout, steps).items():
