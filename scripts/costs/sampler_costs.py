@@ -67,8 +67,8 @@ def steady_costs(
     scale: int = 0,
     image_tokens: int = 0,
 ) -> dict[str, StageCosts]:
-    """Of `steady_forwards`, by stage, for one branch and one video. Text and timesteps are embedded before, and so is an
-    image of `image_tokens`, if the text is attended to beside one.
+    """Of `steady_forwards`, by stage, for one branch and one video. Text and timesteps are embedded before, and so is
+    an image of `image_tokens`, if one is attended to.
 
     Args:
         model: Config of the transformer.

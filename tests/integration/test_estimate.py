@@ -85,9 +85,10 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     peaks: dict[str, list[int]] = {"predict": [], "predict_lanes": [], "decode": []}
     count_peaks(monkeypatch, rollout.denoiser, "predict", peaks)
     count_peaks(monkeypatch, rollout.denoiser, "predict_lanes", peaks)
-    for decoder in (rollout.vae_decoder, rollout.preview_decoder):
-        if decoder is not None:
-            count_peaks(monkeypatch, decoder, "decode", peaks)
+    codec, preview = rollout.components.codec, rollout.components.preview_codec
+    for one in (codec, preview):
+        if one is not None:
+            count_peaks(monkeypatch, type(one.decoder()), "decode", peaks)
     latents_bytes = rollout.history.nbytes + rollout.sampler.nbytes + rollout.step().latents.nbytes
 
     assert rollout.denoiser.kv_cache_bytes == estimate.kv_cache_bytes
@@ -95,9 +96,10 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     assert rollout.vae_decoder.state_bytes == estimate.vae_state_bytes
     assert latents_bytes == estimate.latents_bytes
     assert rollout.denoiser.input_bytes == estimate.input_bytes
-    preview = rollout.preview_decoder
-    assert (0 if preview is None else preview.state_bytes) == estimate.preview_state_bytes
-    assert (0 if preview is None else weights_bytes(preview.vae)) == estimate.preview_vae_bytes
+    assert weights_bytes(None if preview is None else preview.vae) == estimate.preview_vae_bytes
+    states = estimate.vae_state_bytes + estimate.preview_state_bytes
+    others = estimate.kv_cache_bytes + estimate.text_kv_bytes + estimate.input_bytes
+    assert rollout.nbytes == others + states + rollout.history.nbytes + rollout.sampler.nbytes
     assert max(peaks["decode"]) == estimate.decode_peak_bytes
     assert max(peaks["predict"] + peaks["predict_lanes"]) == estimate.forward_peak_bytes
 
