@@ -33,11 +33,12 @@ class _StageCounter:
     """Follows one `step()` from stage to stage, by what the models are called with.
 
     A step begins with the clean pass of the chunk before it, if there is one, which is a forward of each transformer;
-    then comes denoising; a call of the VAE ends it.
+    then comes denoising; a call of the VAE, or first of the preview's, ends it.
     """
 
     def __init__(self, rollout: WanRollout, on_operation: Callable[[str, Any, tuple[Any, ...]], None] | None) -> None:
-        self.stages = {name: StageCounts() for name in STAGES}
+        preview = () if rollout.components.preview_codec is None else ("preview",)
+        self.stages = {name: StageCounts() for name in (*STAGES, *preview)}
         self._rollout = rollout
         self._stage = "clean_pass" if rollout.chunks_done else "denoise"
         self._attending_blocks: list[int] = []
@@ -57,8 +58,9 @@ class _StageCounter:
                 ]
                 for index, block in enumerate(transformer.blocks):
                     hooks.append(block.attn1.to_out[0].register_forward_pre_hook(self._note_attention(index)))
-            for module in () if components.codec is None else _first_to_decode(components.codec.vae):
-                hooks.append(module.register_forward_pre_hook(lambda *_: self._enter("decode")))
+            for stage, codec in (("preview", components.preview_codec), ("decode", components.codec)):
+                for module in () if codec is None else _first_to_decode(codec.vae):
+                    hooks.append(module.register_forward_pre_hook(lambda *_, of=stage: self._enter(of)))
             for hook in hooks:
                 stack.callback(hook.remove)
             stack.enter_context(self._flop_counter)
@@ -108,7 +110,7 @@ def count_step(
         on_operation: Called with the stage, the operator and its arguments before every operation.
 
     Returns:
-        Counts by stage: `clean_pass` (of the chunk before), `denoise`, `decode`.
+        Counts by stage: `clean_pass` (of the chunk before), `denoise`, `decode`, and `preview` where there is one.
     """
     counter = _StageCounter(rollout, on_operation)
     with counter.counting():

@@ -42,6 +42,8 @@ class PublishedCheckpoint(BaseModel):
     weights: str = "auto"
     lora: str | None = None
     lora_scale: float = 1.0
+    second_lora: str | None = None
+    second_lora_scale: float = 1.0
     base: str
     base_model: WanBase
     preset: str | None = None
@@ -55,7 +57,14 @@ class PublishedCheckpoint(BaseModel):
     def _check_usable(self) -> PublishedCheckpoint:
         if self.needs is None and (self.preset is None or self.bytes is None):
             raise ValueError("it must say preset and bytes, or what it needs")
+        check_loras(self.second, self.lora, self.second_lora)
         return self
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that is downloaded of `repo`."""
+        named = dict.fromkeys((self.file, self.second, self.lora, self.second_lora))
+        return tuple(path for path in named if path is not None)
 
     @property
     def sampler(self) -> str | None:
@@ -83,6 +92,17 @@ class PublishedCheckpoint(BaseModel):
         """Raise `ValueError` for a checkpoint that this package cannot run."""
         if self.needs is not None:
             raise ValueError(f"'{self.name}' cannot be used yet: it needs {self.needs}")
+
+
+def check_loras(second: object, lora: object, second_lora: object) -> None:
+    """Raise `ValueError` unless it is clear which of the given files goes into which transformer."""
+    if second_lora is not None and second is None:
+        raise ValueError("a second LoRA goes into the weights of a second transformer, and none are given; use lora")
+    if second is not None and lora is not None and second_lora is None:
+        raise ValueError(
+            "the LoRA would go into the first of two transformers alone; name one for the other with second_lora "
+            "(--second-lora), the same file if it is for both, or with second_lora_scale 0 if it is for the first"
+        )
 
 
 def checkpoint_folder(name: str) -> Path:

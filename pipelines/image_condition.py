@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.models.codec import ChunkEncoder
 from wan_autoregressive.pipelines.components import WanComponents
 from wan_autoregressive.pipelines.prompts import expand_to_batch
@@ -41,6 +42,27 @@ class ImageCondition:
     @property
     def nbytes(self) -> int:
         return self.channels.nbytes + (0 if self.embeds is None else self.embeds.nbytes)
+
+
+def most_frames(total_frames: int | None) -> int:
+    """Latent frames that are encoded for a video of so many (`None`: no end), unless the VAE forgets before."""
+    return min(total_frames or _MOST_FRAMES, _MOST_FRAMES)
+
+
+def blank_image_condition(
+    components: WanComponents, config: RolloutConfig, batch_size: int, device: torch.device | str
+) -> ImageCondition | None:
+    """As large as the condition of any image can be, on `device`; `None` for a transformer that sees none."""
+    if not components.condition_channels:
+        return None
+    frames = most_frames(components.frame_grid(config).total_frames)
+    size = components.geometry.latent_size(config.height, config.width)
+    channels = torch.zeros(batch_size, components.condition_channels, frames, *size, device=device)
+    embeds, encoder, transformer = None, components.image_encoder, components.transformer
+    if encoder is not None and components.attends_to_image:
+        shape = batch_size, encoder.num_tokens, transformer.config.image_dim
+        embeds = torch.zeros(shape, dtype=transformer.dtype, device=device)
+    return ImageCondition(channels, embeds)
 
 
 @torch.no_grad()
@@ -76,7 +98,7 @@ def _image_then_grey(
     """
     grey = image.new_zeros(*image.shape[:2], temporal_factor, *image.shape[3:])
     latents, state = [encoder.encode(image)], encoder.state()
-    for _ in range(min(total_frames or _MOST_FRAMES, _MOST_FRAMES) - 1):
+    for _ in range(most_frames(total_frames) - 1):
         latents.append(encoder.encode(grey))
         before, state = state, encoder.state()
         if len(before) == len(state) and all(torch.equal(one, two) for one, two in zip(before, state, strict=True)):

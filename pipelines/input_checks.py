@@ -73,10 +73,10 @@ def check_sizes(components: WanComponents, config: RolloutConfig, given_frames: 
             f"{model.patch_size[0]} frames; allowed are 1-frame patches with equal channels (text to video) or "
             f"{mask_and_image} more for a mask and an image (image to video)"
         )
-    if components.condition_channels and not SAMPLERS.load(config.sampler).counts_video_frames:
+    if components.condition_channels and not SAMPLERS.load(config.sampler).counts_video_frames(config):
         raise ValueError(
             f"sampler {config.sampler!r} numbers frames anew, which a transformer conditioned on an image cannot "
-            "follow; use 'chunkwise', 'rolling' or 'memory_bank'"
+            "follow; use 'chunkwise', 'rolling', 'memory_bank', or 'stream_batch' without restart_positions"
         )
     if components.codec is not None and geometry.latent_channels != model.out_channels:
         raise ValueError(

@@ -5,6 +5,8 @@ import json
 import os
 from typing import Any
 
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
 from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
 from wan_autoregressive.pipelines.components import WanComponents
 
@@ -31,10 +33,15 @@ def _component_identity(component: Any) -> dict[str, Any]:
     config = {name: value for name, value in component.config.items() if not name.startswith("_")}
     return {
         # Through JSON, as the saved one went: tuples become lists.
-        "config": json.loads(json.dumps(config, default=str)),
+        "config": json.loads(json.dumps(config, default=_as_json)),
         "dtype": str(component.dtype).removeprefix("torch."),
         "weights": dataclasses.asdict(weights_fingerprint(component)),
     }
+
+
+def _as_json(value: Any) -> Any:
+    """A quantization config is an object in a model that was just quantised, and a dict in one from a folder."""
+    return value.to_dict() if isinstance(value, QuantizationConfigMixin) else str(value)
 
 
 def check_same_model(saved: dict[str, Any], now: dict[str, Any], folder: str | os.PathLike[str]) -> None:

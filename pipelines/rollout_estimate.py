@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.pipelines.components import WanComponents
+from wan_autoregressive.pipelines.image_condition import blank_image_condition
 from wan_autoregressive.pipelines.input_checks import check_experts, check_extensions, check_sizes
 
 
@@ -15,7 +16,8 @@ class RolloutEstimate:
     A video without end has no counts; without a window its cache grows and `kv_cache_bytes` is `None` as well.
     `text_kv_bytes` are the cross-attention keys and values of a prompt of `max_sequence_length` tokens, and with
     guidance of the negative one, and of an image that is attended to, in the model's dtype. Keys and values are those
-    of all transformers together.
+    of all transformers together. `image_condition_bytes` are those of what a transformer is conditioned on beside the
+    prompt, at most; 0 for one that sees no image.
     """
 
     chunks: int | None
@@ -23,6 +25,7 @@ class RolloutEstimate:
     forwards: int | None
     kv_cache_bytes: int | None
     text_kv_bytes: int
+    image_condition_bytes: int
     vae_state_bytes: int | None
 
 
@@ -51,6 +54,7 @@ def estimate_rollout(
     text_bytes = experts * config.num_branches * transformer.kv_cache_bytes(config.max_sequence_length, batch_size)
     if components.attends_to_image and components.image_encoder is not None:
         text_bytes += experts * transformer.kv_cache_bytes(components.image_encoder.num_tokens, batch_size)
+    image = blank_image_condition(components, config, batch_size, "meta")
     if codec is not None:
         vae_bytes = codec.state_bytes(batch_size, config.height, config.width)
     return RolloutEstimate(
@@ -59,5 +63,6 @@ def estimate_rollout(
         forwards=forwards,
         kv_cache_bytes=cache_bytes,
         text_kv_bytes=text_bytes,
+        image_condition_bytes=0 if image is None else image.nbytes,
         vae_state_bytes=vae_bytes,
     )

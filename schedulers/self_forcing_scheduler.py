@@ -70,10 +70,13 @@ class SelfForcingScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads other Wan schedulers' configs too: UniPC's `flow_shift` is our `shift`."""
+        """Reads configs of Wan's other schedulers: UniPC's `flow_shift` is our `shift`; its orders do nothing here."""
         if "flow_shift" in config_dict and "shift" not in config_dict:
             config_dict = dict(config_dict)
             config_dict["shift"] = config_dict.pop("flow_shift")
+        if config_dict.get("_class_name", cls.__name__) != cls.__name__:
+            own = cls._get_init_keys(cls)
+            config_dict = {name: value for name, value in config_dict.items() if name in own or name.startswith("_")}
         return super().extract_init_dict(config_dict, **kwargs)
 
     def set_timesteps(

@@ -7,7 +7,6 @@ encoder and VAE are those of the Wan model they were trained from (`base`), and 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-from wan_autoregressive.models.conversion import check_state_dict, convert_wan_state_dict, load_checkpoint
-from wan_autoregressive.models.lora import LoraFactors, load_lora
-from wan_autoregressive.models.sharded_weights import write_sharded
+from wan_autoregressive.configs.checkpoints import check_loras
 from wan_autoregressive.scripts.checkpoint_layout import new_checkpoint_folder, write_model_index, write_scheduler
-from wan_autoregressive.scripts.load_pipeline import check_layers, read_json
+from wan_autoregressive.scripts.converted_transformer import ConvertedTransformer, LoraSource
+from wan_autoregressive.scripts.load_pipeline import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COPIED_COMPONENTS = ("tokenizer", "text_encoder", "vae")
@@ -46,6 +43,8 @@ def convert_checkpoint(
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
     second: str | Path | None = None,
+    second_lora: str | Path | None = None,
+    second_lora_scale: float = 1.0,
 ) -> Path:
     """Writes a complete pipeline folder from transformer weights and the folder of the Wan model they belong to.
 
@@ -64,7 +63,9 @@ def convert_checkpoint(
         lora: a LoRA to merge into the weights, see `load_lora`.
         lora_scale: its strength: 1 as it was trained, 0 without it.
         second: weights of the second transformer, for steps below the boundary, where the base has two; as
-            `checkpoint`, and of the same entry. A LoRA is merged into the first.
+            `checkpoint`, and of the same entry.
+        second_lora, second_lora_scale: the LoRA that is merged into these. `lora` goes into the first transformer
+            alone, so that a pair takes it with a `second_lora` only: the same file again, or any with strength 0.
 
     Returns:
         `output` as a path.
@@ -74,16 +75,15 @@ def convert_checkpoint(
         OSError: the disk is full or not writable.
     """
     base, output = Path(base).expanduser(), Path(output)
+    config_path = base / "transformer" / "config.json"
     index, config = _read_base(base)
     _check_pair(index, base, second)
-    sources = {
-        "base": base,
-        "checkpoint": Path(checkpoint),
-        "second": Path(second or base),
-        "LoRA": Path(lora or base),
-    }
+    check_loras(second, lora, second_lora)
+    loras = LoraSource.given(lora, lora_scale), LoraSource.given(second_lora, second_lora_scale)
+    sources = {"base": base, "checkpoint": checkpoint, "second": second, "LoRA": lora, "second LoRA": second_lora}
     for role, source in sources.items():
-        _refuse_overlap(role, source, output)
+        if source is not None:
+            _refuse_overlap(role, Path(source), output)
     if base.resolve() in output.expanduser().resolve().parents:
         raise ValueError(f"The output {output} lies in the base folder {base}; name a folder apart from the base")
     with new_checkpoint_folder(output, overwrite) as partial:
@@ -101,49 +101,16 @@ def convert_checkpoint(
             else _IMAGE_PIPELINE,
             others={name: index[name] for name in kept if name in index},
         )
-        states = {}
-        for name, file in (("transformer", checkpoint), ("transformer_2", second)):
-            if file is not None:
-                states[name] = _read_weights(name, file, weights, config, base)
-        factors = {} if lora is None else _read_lora(lora, lora_scale, states["transformer"])
-        for name, state_dict in states.items():
-            merged = factors if name == "transformer" else {}
-            _write_transformer(partial / name, config, state_dict, dtype, merged, lora_scale, max_shard_size)
+        transformers = {
+            name: ConvertedTransformer.read(name, file, weights, merged, config, config_path)
+            for name, file, merged in zip(("transformer", "transformer_2"), (checkpoint, second), loras, strict=True)
+            if file is not None
+        }
+        for name, transformer in transformers.items():
+            transformer.write(partial / name, dtype, max_shard_size)
         for name in copied:
             shutil.copytree(base / name, partial / name, copy_function=_link_or_copy)
     return output
-
-
-def _read_weights(
-    name: str, checkpoint: str | Path, weights: str, config: dict[str, Any], base: Path
-) -> dict[str, torch.Tensor]:
-    """Weights in diffusers names that were checked against the config; memory-mapped where the format allows."""
-    state_dict = convert_wan_state_dict(load_checkpoint(checkpoint, weights))
-    check_layers(name, config, state_dict, base / "transformer" / "config.json")
-    check_state_dict(state_dict, _skeleton(config, base))
-    return state_dict
-
-
-def _write_transformer(
-    folder: Path,
-    config: dict[str, Any],
-    state_dict: dict[str, torch.Tensor],
-    dtype: torch.dtype | None,
-    factors: dict[str, LoraFactors],
-    lora_scale: float,
-    max_shard_size: str,
-) -> None:
-    """Config and weights. What is memory-mapped stays so: a 14B model is never whole in memory."""
-    _skeleton(config, folder).save_config(folder)
-    described = {name: tensor.to("meta", _stored_dtype(name, tensor, dtype)) for name, tensor in state_dict.items()}
-
-    def make(name: str) -> torch.Tensor:
-        weight = state_dict[name]
-        if name in factors:
-            weight = factors[name].merged_into(weight, lora_scale)
-        return weight.to(described[name].dtype)
-
-    write_sharded(folder, described, make, max_shard_size)
 
 
 def _class_of(index: dict[str, Any], name: str) -> str | None:
@@ -196,39 +163,6 @@ def _refuse_overlap(role: str, source: Path, output: Path) -> None:
         raise ValueError(f"The {role} {read} lies in the output folder {target}; name another output")
 
 
-def _skeleton(config: dict[str, Any], base: Path) -> WanTransformer3DModel:
-    """The transformer on the `meta` device: names and shapes, no memory."""
-    try:
-        with torch.device("meta"):
-            return WanTransformer3DModel.from_config(config)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"The file {base / 'transformer' / 'config.json'} describes no Wan model: {error}") from error
-
-
-def _read_lora(path: str | Path, scale: float, state_dict: dict[str, torch.Tensor]) -> dict[str, LoraFactors]:
-    """A LoRA that was checked against the weights it will be merged into."""
-    if not math.isfinite(scale):
-        raise ValueError(f"The strength of the LoRA is {scale}; it must be a number (1 as it was trained)")
-    factors = load_lora(path)
-    unknown = [name for name in factors if name not in state_dict]
-    if unknown:
-        raise ValueError(f"The LoRA {path} is for weights that the model does not have ({', '.join(unknown[:3])})")
-    for name, factor in factors.items():
-        try:
-            factor.check_fits(state_dict[name])
-        except ValueError as error:
-            raise ValueError(f"The LoRA {path} does not fit the model: {name} has {error}") from error
-    return factors
-
-
-def _stored_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype a weight has after loading in `dtype`: diffusers keeps some modules in float32."""
-    if dtype is None:
-        return tensor.dtype
-    keep_float32 = WanTransformer3DModel._keep_in_fp32_modules
-    return torch.float32 if any(part in keep_float32 for part in name.split(".")) else dtype
-
-
 def _link_or_copy(source: str, target: str) -> None:
     """Hard-links a weight file (gigabytes for the text encoder) where the file system can, else copies it."""
     # A Hub download is a folder of links into a blob store; what is linked is the blob.
@@ -272,6 +206,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--lora-scale", type=float, default=1.0, metavar="X", help="strength of the LoRA (default: 1, as trained)"
     )
+    parser.add_argument("--second-lora", metavar="FILE", help="a LoRA to merge into the weights of --second")
+    parser.add_argument("--second-lora-scale", type=float, default=1.0, metavar="X", help="its strength (default: 1)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the stored weights (default: keep)")
     parser.add_argument(
         "--steps",
@@ -302,6 +238,8 @@ def run(args: argparse.Namespace) -> int:
         lora=args.lora,
         lora_scale=args.lora_scale,
         second=args.second,
+        second_lora=args.second_lora,
+        second_lora_scale=args.second_lora_scale,
     )
     print(f"Wrote {output}.")
     return 0

@@ -38,6 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--weights", choices=WEIGHT_FORMATS, help="of the transformer, in fewer bits (default: in --dtype)"
     )
+    parser.add_argument("--preview-vae", action="store_true", help="decode with the tiny VAE first, for a live view")
     add_sampler_flags(parser)
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead of a table")
     parser.set_defaults(run=run)
@@ -46,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `wan-ar estimate`; returns 0, raises ValueError for sizes that cannot work."""
-    workload = workload_of(args)
+    workload = workload_of(args, preview_vae=args.preview_vae)
 
     from wan_autoregressive.scripts.costs.memory import estimate_memory
 
@@ -72,6 +73,13 @@ def _as_dict(workload: Workload, estimate: MemoryEstimate) -> dict[str, object]:
     }
 
 
+_NOT_OF_ALL = (
+    *("weights: image encoder", "held: the image, at most"),
+    *("weights: preview VAE", "held: preview VAE's state"),
+)
+"""Rows of what most videos do not have."""
+
+
 def _table(workload: Workload, estimate: MemoryEstimate) -> Table:
     from wan_autoregressive.scripts.run_report import human_bytes
 
@@ -81,9 +89,13 @@ def _table(workload: Workload, estimate: MemoryEstimate) -> Table:
         "weights: transformer": estimate.experts * estimate.transformer_bytes,
         "weights: VAE": estimate.vae_bytes,
         "weights: text encoder": estimate.text_encoder_bytes,
+        "weights: image encoder": estimate.image_encoder_bytes,
+        "weights: preview VAE": estimate.preview_vae_bytes,
         f"held: K/V of {frames} latent frames": estimate.kv_cache_bytes,
         "held: K/V of the text": estimate.text_kv_bytes,
+        "held: the image, at most": estimate.image_condition_bytes,
         "held: VAE decoder state": estimate.vae_state_bytes,
+        "held: preview VAE's state": estimate.preview_state_bytes,
         "held: latents": estimate.latents_bytes,
         "held: inputs of a forward": estimate.input_bytes,
         "for a while: one forward": estimate.forward_peak_bytes,
@@ -97,7 +109,10 @@ def _table(workload: Workload, estimate: MemoryEstimate) -> Table:
     table = Table.grid("computed", "", padding=(0, 2))
     table.columns[1].justify = "right"
     for name, count in figures.items():
-        table.add_row(name, human_bytes(count))
+        if count or name not in _NOT_OF_ALL:
+            table.add_row(name, human_bytes(count))
     for stage, flops in estimate.flops.items():
         table.add_row(f"a chunk: {stage}", f"{flops / 1e12:.4g} TFLOP")
+    for model, flops in estimate.image_flops.items():
+        table.add_row(f"the image, once: {model}", f"{flops / 1e12:.4g} TFLOP")
     return table

@@ -75,12 +75,16 @@ def pull_checkpoint(entry: PublishedCheckpoint, folder: Path) -> None:
     from wan_autoregressive.scripts.convert import convert_checkpoint
 
     refuse_occupied(folder, overwrite=False)
-    own_files = list_files(entry.repo, [path for path in (entry.file, entry.second, entry.lora) if path is not None])
+    own_files = list_files(entry.repo, entry.files)
     of_a_pair = ("transformer_2/config.json",) if entry.second is not None else ()
     base_files = list_files(entry.base, (*_OF_THE_BASE, *of_a_pair))
     _check_space(own_files, base_files, folder)
     _print_terms(entry, [*own_files, *base_files])
     paths = {(file.repo, file.path): download(file) for file in (*own_files, *base_files)}
+
+    def own(path: str | None) -> Path | None:
+        return None if path is None else paths[entry.repo, path]
+
     recipe = load_preset(str(entry.preset))
     convert_checkpoint(
         paths[entry.repo, entry.file],
@@ -90,9 +94,11 @@ def pull_checkpoint(entry: PublishedCheckpoint, folder: Path) -> None:
         denoising_steps=recipe["denoising_steps"],
         shift=recipe["shift"],
         warp=recipe["warp"],
-        lora=None if entry.lora is None else paths[entry.repo, entry.lora],
+        lora=own(entry.lora),
         lora_scale=entry.lora_scale,
-        second=None if entry.second is None else paths[entry.repo, entry.second],
+        second=own(entry.second),
+        second_lora=own(entry.second_lora),
+        second_lora_scale=entry.second_lora_scale,
     )
 
 

@@ -69,10 +69,9 @@ def page() -> str:
 
 def _row(entry: PublishedCheckpoint) -> str:
     files = f"`{entry.file}`" + (f" (`{entry.weights}`)" if entry.weights != "auto" else "")
+    files += _lora(entry.lora, entry.lora_scale)
     if entry.second is not None:
-        files += f" and `{entry.second}`"
-    if entry.lora is not None:
-        files += f" + LoRA `{entry.lora}`, scale {entry.lora_scale:g}"
+        files += f" and `{entry.second}`" + _lora(entry.second_lora, entry.second_lora_scale)
     cells = (
         f"`{entry.name}`",
         entry.title,
@@ -84,6 +83,10 @@ def _row(entry: PublishedCheckpoint) -> str:
         entry.size_text if entry.needs is None else f"needs {entry.needs}",
     )
     return f"| {' | '.join(cells)} |\n"
+
+
+def _lora(path: str | None, scale: float) -> str:
+    return "" if path is None else f" + LoRA `{path}`, scale {scale:g}"
 
 
 def _url(repo: str) -> str:

@@ -78,7 +78,13 @@ int8 = PipelineQuantizationConfig(quant_mapping={{"transformer": TorchAoConfig(I
 pipe = WanAutoregressivePipeline.from_pretrained("DIR", dtype=torch.bfloat16, quantization_config=int8)
 ```
 
-A GGUF file; its config comes from a folder of the same model:
+What `pipe.save_pretrained` writes of it loads without `quantization_config`, but with the `dtype` that it was made in:
+without one diffusers takes bfloat16 for it, and the video is another. The weights are the same to the bit, and so is
+the video on a CPU once they begin at the same addresses as before (elsewhere some matrix products round otherwise, by
+1e-5 in the latents of the test).
+
+A GGUF file, in diffusers' names or in Wan's own, as most are published; its config comes from a folder of the same
+model:
 
 ```python
 from diffusers import GGUFQuantizationConfig

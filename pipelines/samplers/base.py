@@ -79,10 +79,6 @@ class Sampler:
     fills_memory_bank: ClassVar[bool] = False
     """Whether `memory_bank_frames` means something to it."""
 
-    counts_video_frames: ClassVar[bool] = True
-    """Whether the frames of its windows are numbered as in the video, as a transformer conditioned on an image needs
-    it."""
-
     def __init__(self, context: SamplingContext) -> None:
         self.context = context
         self.source_latents: torch.Tensor | None = None
@@ -107,6 +103,24 @@ class Sampler:
             )
         if config.given_in_chunk and not cls.denoises_by_chunk:
             raise ValueError(f"given_in_chunk does not work with sampler {config.sampler!r}; leave it out")
+
+    @classmethod
+    def options(cls, config: RolloutConfig) -> dict[str, Any]:
+        """All of `sampler_options`, those that are not set as the constructor has them."""
+        parameters = inspect.signature(cls).parameters
+        defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+        return {**defaults, **config.sampler_options}
+
+    @classmethod
+    def chunks_to_settle(cls, config: RolloutConfig, steps: int) -> int:
+        """Chunks after the one that has filled the window until each costs the same."""
+        return 0
+
+    @classmethod
+    def counts_video_frames(cls, config: RolloutConfig) -> bool:
+        """Whether the frames of its windows are numbered as in the video, as a transformer that is conditioned on an
+        image needs it."""
+        return True
 
     @classmethod
     def needs_pixels(cls, config: RolloutConfig) -> bool:

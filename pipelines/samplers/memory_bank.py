@@ -49,7 +49,7 @@ class MemoryBankSampler(ChunkwiseSampler):
     @classmethod
     def check(cls, config: RolloutConfig) -> None:
         super().check(config)
-        options = _options(config)
+        options = cls.options(config)
         interval, candidates = options["bank_interval"], options["bank_candidates"]
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f"bank_interval is {interval!r}; it must be a whole number of at least 1 chunk")
@@ -83,13 +83,17 @@ class MemoryBankSampler(ChunkwiseSampler):
         return super().next_chunk(chunk)
 
     @classmethod
+    def chunks_to_settle(cls, config: RolloutConfig, steps: int) -> int:
+        return config.memory_bank_frames * int(cls.options(config)["bank_interval"])
+
+    @classmethod
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
         forwards = super().num_forwards(config, grid, steps, experts)
         given = grid.num_given_chunks
         assert forwards is not None
-        if _bank_length(given, _options(config)["bank_interval"]) <= config.memory_bank_frames:
+        if _bank_length(given, cls.options(config)["bank_interval"]) <= config.memory_bank_frames:
             return forwards
         # Given frames fill the bank before any step has read the prompt: a forward of its own does.
         return forwards + config.num_branches
@@ -115,10 +119,6 @@ class MemoryBankSampler(ChunkwiseSampler):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._chunks_cached, self._is_due = state["chunks_cached"], state["is_due"]
-
-
-def _options(config: RolloutConfig) -> dict[str, Any]:
-    return {"bank_interval": 3, "bank_candidates": "every_chunk", **config.sampler_options}
 
 
 def _bank_length(chunks_cached: int, interval: int) -> int:

@@ -37,8 +37,6 @@ class RecomputeSampler(Sampler):
             original does, `new` under the chunk's own.
     """
 
-    counts_video_frames = False
-
     def __init__(
         self,
         context: SamplingContext,
@@ -59,7 +57,7 @@ class RecomputeSampler(Sampler):
     @classmethod
     def check(cls, config: RolloutConfig) -> None:
         super().check(config)
-        options = {"context_frames": 3, "keep_first_frame": False, "context_prompt": "old", **config.sampler_options}
+        options = cls.options(config)
         frames = options["context_frames"]
         if not isinstance(frames, int) or frames < 1:
             raise ValueError(f"context_frames is {frames!r}; it must be a whole number of at least 1 latent frame")
@@ -81,8 +79,12 @@ class RecomputeSampler(Sampler):
             raise ValueError("sampler 'recompute' has no clean pass; leave out clean_pass")
 
     @classmethod
+    def counts_video_frames(cls, config: RolloutConfig) -> bool:
+        return False
+
+    @classmethod
     def needs_pixels(cls, config: RolloutConfig) -> bool:
-        return not config.sampler_options.get("keep_first_frame", False)
+        return not cls.options(config)["keep_first_frame"]
 
     def take_pixels(self, chunk: Chunk, pixels: torch.Tensor) -> None:
         if self.needs_pixels(self.context.config):
@@ -118,8 +120,7 @@ class RecomputeSampler(Sampler):
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
-        context_frames = config.sampler_options.get("context_frames", 3)
-        forwards = 0
+        context_frames, forwards = cls.options(config)["context_frames"], 0
         for chunk in grid:
             if not chunk.given:
                 forwards += steps[0 if chunk.start == grid.given_frames else 1]

@@ -61,8 +61,8 @@ class RollingSampler(ContextPassSampler):
     @classmethod
     def check(cls, config: RolloutConfig) -> None:
         super().check(config)
-        options = config.sampler_options
-        attended = options.get("attended_frames", 21)
+        options = cls.options(config)
+        attended = options["attended_frames"]
         if not isinstance(attended, int) or attended < config.largest_chunk_frames:
             raise ValueError(
                 f"attended_frames is {attended!r}; it must be a whole number of latent frames that holds at least a "
@@ -78,7 +78,7 @@ class RollingSampler(ContextPassSampler):
                 "sampler 'rolling' moves the sink along with the window; set position_mode='sink_relative' (or leave "
                 "out sink_frames)"
             )
-        if config.num_frames is None and options.get("reference_draws"):
+        if config.num_frames is None and options["reference_draws"]:
             raise ValueError("reference_draws draws all noise at once; a video without num_frames has no end of it")
         needed = attended + config.sink_frames
         if config.num_frames is None and config.sink_frames and (config.window_frames or 0) < needed:
@@ -101,6 +101,10 @@ class RollingSampler(ContextPassSampler):
 
     def cache_given(self, chunk: Chunk, latents: torch.Tensor) -> None:
         self.context.denoiser.cache_context(latents, self.context_window(chunk.frames, 0.0))
+
+    @classmethod
+    def chunks_to_settle(cls, config: RolloutConfig, steps: int) -> int:
+        return int(cls.options(config)["attended_frames"]) // config.chunk_frames
 
     @classmethod
     def num_forwards(

@@ -57,8 +57,6 @@ class StreamBatchSampler(Sampler):
             batches: a chunk does not wait in lanes, and its past is at the noise of the last step.
     """
 
-    counts_video_frames = False
-
     def __init__(
         self,
         context: SamplingContext,
@@ -104,6 +102,10 @@ class StreamBatchSampler(Sampler):
             )
         check_restart(config)
         check_adaptive_sink(config)
+
+    @classmethod
+    def counts_video_frames(cls, config: RolloutConfig) -> bool:
+        return cls.options(config)["restart_positions"] is None
 
     # Of the source.
 
@@ -261,17 +263,21 @@ class StreamBatchSampler(Sampler):
 
     @classmethod
     def num_caches(cls, config: RolloutConfig, steps: int) -> int:
-        return 1 if config.sampler_options.get("sequential") else steps
+        return 1 if cls.options(config)["sequential"] else steps
+
+    @classmethod
+    def chunks_to_settle(cls, config: RolloutConfig, steps: int) -> int:
+        return steps
 
     @classmethod
     def num_forwards(
         cls, config: RolloutConfig, grid: FrameGrid, steps: tuple[int, int], experts: int = 1
     ) -> int | None:
         sizes = [chunk.num_frames for chunk in grid if not chunk.given]
-        options, alone = config.sampler_options, len(sizes) if config.sampler_options.get("sequential") else 1
-        forwards = grid.num_given_chunks + alone * steps[1]
-        if not options.get("sequential"):
-            has_stand_ins = options.get("adaptive_sink") is not None
+        options = cls.options(config)
+        forwards = grid.num_given_chunks + (len(sizes) if options["sequential"] else 1) * steps[1]
+        if not options["sequential"]:
+            has_stand_ins = options["adaptive_sink"] is not None
             held = sizes.pop(0) + grid.given_frames
             forwards += forwards_in_lanes(sizes, held, steps[1], config.window_frames or math.inf, has_stand_ins)
         return config.num_branches * forwards

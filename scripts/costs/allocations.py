@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -78,6 +79,19 @@ def flop_counter() -> FlopCounterMode:
         return sdpa_flop_count(query, key, value)
 
     return FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: attention_flops})
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as one kernel, as devices have it; on the meta device PyTorch would write all scores to memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _fused_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+    return _CPU_ATTENTION(query, key, value)[0]
 
 
 def _storage_id(tensor: torch.Tensor) -> int:

@@ -25,7 +25,10 @@ def costs_per_chunk(workload: Workload, index: int) -> dict[str, StageCosts]:
     """Of the stages `denoise` and `clean_pass` of chunk `index`: its clean pass is the one of the chunk before."""
     config, tokens, window = workload.model.transformer, workload.chunk_tokens, workload.window_tokens
     text_tokens, experts = workload.rollout.max_sequence_length, workload.model.experts
-    flops = flops_per_chunk(config, index, tokens, window, workload.steps, text_tokens, experts=experts)
+    image_tokens = workload.model.image_tokens
+    flops = flops_per_chunk(
+        config, index, tokens, window, workload.steps, text_tokens, experts=experts, image_tokens=image_tokens
+    )
     item, scale = _ITEM_SIZES[workload.dtype], 0
     if workload.rollout.kv_dtype == "int8":
         item, scale = 1, item
@@ -56,6 +59,7 @@ def flops_per_forward(
     text_ready: bool = False,
     time_ready: bool = False,
     keys_values_only: bool = False,
+    image_tokens: int = 0,
 ) -> int:
     """Floating-point operations of matrix products and attentions in one forward; a multiply-add counts as 2.
 
@@ -72,18 +76,24 @@ def flops_per_forward(
 
         batch * (patches + time + text + N * layer + head)
 
+    An image of I tokens that is attended to beside the text, with J = image_dim, adds
+
+        image      2 I (J J + J D)
+        a layer    4 I D D + 4 T I D                   k, v; scores and mix
+
     That is what `torch.utils.flop_counter.FlopCounterMode` counts: norms, modulation, rotary embedding and activation
     are passes over memory and count nothing.
 
     Args:
-        config: Of a `WanTransformer3DModel` without image conditioning.
+        config: Of a `WanTransformer3DModel`.
         chunk_tokens: T, after patching.
         cached_tokens: Tokens of the past that are attended to beside the chunk.
         groups: G; 1, frames of the chunk, or tokens of the chunk.
-        text_ready: Text projection and cross-attention keys and values were computed before.
+        text_ready: Projection and cross-attention keys and values of text and image were computed before.
         time_ready: The time embedding was computed before.
         keys_values_only: The forward ends with the last layer's keys and values, as a clean pass may: that layer
             costs 4 T D D, and there is no head.
+        image_tokens: I, 0 for a transformer that attends to no image.
     """
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     ffn_dim, layers = config["ffn_dim"], config["num_layers"]
@@ -92,14 +102,17 @@ def flops_per_forward(
 
     patches = 2 * tokens * config["in_channels"] * patch_volume * dim
     time = 0 if time_ready else 2 * groups * (config["freq_dim"] * dim + 7 * dim * dim)
-    text_projection = 0 if text_ready else 2 * text * (config["text_dim"] * dim + dim * dim)
+    projections = 2 * text * (config["text_dim"] * dim + dim * dim)
+    if image_tokens:
+        projections += 2 * image_tokens * (config["image_dim"] ** 2 + config["image_dim"] * dim)
+    projections = 0 if text_ready else projections
     self_attention = 8 * tokens * dim * dim + 4 * tokens * keys * dim
-    cross_attention = 4 * tokens * dim * dim + 4 * tokens * text * dim
-    cross_keys_values = 0 if text_ready else 4 * text * dim * dim
+    cross_attention = 4 * tokens * dim * dim + 4 * tokens * (text + image_tokens) * dim
+    cross_keys_values = 0 if text_ready else 4 * (text + image_tokens) * dim * dim
     layer = self_attention + cross_attention + cross_keys_values + 4 * tokens * dim * ffn_dim
     head = 2 * tokens * dim * (config["out_channels"] or config["in_channels"]) * patch_volume
     tail = 4 * tokens * dim * dim - layer if keys_values_only else head
-    return batch * (patches + time + text_projection + layers * layer + tail)
+    return batch * (patches + time + projections + layers * layer + tail)
 
 
 def flops_per_chunk(
@@ -111,6 +124,7 @@ def flops_per_chunk(
     text_tokens: int = 512,
     batch: int = 1,
     experts: int = 1,
+    image_tokens: int = 0,
 ) -> dict[str, int]:
     """Floating-point operations of chunk `index` of a rollout, by stage.
 
@@ -120,7 +134,8 @@ def flops_per_chunk(
         denoise(k)     S forward(T, K(k) - T);                           for k = 0 also text, cross k, v, and S time
         clean_pass(k)  forward(T, K(k - 1) - T) up to its last k, v;     for k = 1 also time; none for k = 0
 
-    Two transformers that share the steps have a text and a clean pass each.
+    Two transformers that share the steps have a text and a clean pass each. An image that is attended to counts with
+    the text.
 
     Nothing else is ever computed: text and its keys and values come once per prompt, time once per timestep, and the
     last chunk has no clean pass, since the one of chunk k runs as part of chunk k + 1.
@@ -132,7 +147,7 @@ def flops_per_chunk(
 
     def forward(k: int, **ready: bool) -> int:
         cached = attended_tokens(k, chunk_tokens, window_tokens) - chunk_tokens
-        return flops_per_forward(config, chunk_tokens, cached, text_tokens, batch, **ready)
+        return flops_per_forward(config, chunk_tokens, cached, text_tokens, batch, image_tokens=image_tokens, **ready)
 
     denoise = steps * forward(index, text_ready=True, time_ready=True)
     if index == 0:

@@ -1,4 +1,4 @@
-"""Which forwards a chunk takes with each sampler once the window is full, and what they cost. No torch in here."""
+"""Which forwards a chunk takes with each sampler once the window is full, and what they cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from wan_autoregressive.configs.registry import SAMPLERS
 from wan_autoregressive.configs.rollout_config import RolloutConfig
 from wan_autoregressive.scripts.costs.formulas import StageCosts, flops_per_forward, kv_bytes_read, kv_bytes_written
 
@@ -58,9 +59,16 @@ def steady_forwards(rollout: RolloutConfig, steps: int) -> StageForwards:
 
 
 def steady_costs(
-    model: Mapping[str, Any], rollout: RolloutConfig, steps: int, tokens_per_frame: int, itemsize: int, scale: int = 0
+    model: Mapping[str, Any],
+    rollout: RolloutConfig,
+    steps: int,
+    tokens_per_frame: int,
+    itemsize: int,
+    scale: int = 0,
+    image_tokens: int = 0,
 ) -> dict[str, StageCosts]:
-    """Of `steady_forwards`, by stage, for one branch and one video. Text and timesteps are embedded before.
+    """Of `steady_forwards`, by stage, for one branch and one video. Text and timesteps are embedded before, and so is
+    an image of `image_tokens`, if one is attended to.
 
     Args:
         model: Config of the transformer.
@@ -80,6 +88,7 @@ def steady_costs(
                 text_ready=True,
                 time_ready=True,
                 keys_values_only=forward.keys_values_only,
+                image_tokens=image_tokens,
             )
             written += kv_bytes_written(model, forward.kept * tokens_per_frame, itemsize, forward.rows, scale)
             read += kv_bytes_read(model, own + past, itemsize, forward.rows, forward.keys_values_only, scale)
@@ -91,6 +100,11 @@ def steady_costs(
 
 def _dim(model: Mapping[str, Any]) -> int:
     return int(model["num_attention_heads"] * model["attention_head_dim"])
+
+
+def _options(rollout: RolloutConfig) -> dict[str, Any]:
+    options: dict[str, Any] = SAMPLERS.load(rollout.sampler).options(rollout)
+    return options
 
 
 def _chunkwise(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:
@@ -108,14 +122,14 @@ def _memory_bank(rollout: RolloutConfig, steps: int, window: int) -> StageForwar
 
 def _rolling(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:
     chunk, sink = rollout.chunk_frames, rollout.sink_frames
-    attended, own = rollout.sampler_options.get("attended_frames", 21), steps * chunk
+    attended, own = _options(rollout)["attended_frames"], steps * chunk
     past = sink + max(0, min(attended - sink - own, window - sink - chunk))
     context = Forward(chunk, min(attended, window) - chunk, chunk, keys_values_only=True)
     return {"denoise": [Forward(own, past, kept=0)], "clean_pass": [context]}
 
 
 def _recompute(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:
-    chunk, context = rollout.chunk_frames, rollout.sampler_options.get("context_frames", 3)
+    chunk, context = rollout.chunk_frames, _options(rollout)["context_frames"]
     parts = [(start, min(chunk, context - start)) for start in range(0, context, chunk)]
     return {
         "denoise": [Forward(chunk, context, chunk)] * steps,
@@ -124,7 +138,7 @@ def _recompute(rollout: RolloutConfig, steps: int, window: int) -> StageForwards
 
 
 def _stream_batch(rollout: RolloutConfig, steps: int, window: int) -> StageForwards:
-    chunk, rows = rollout.chunk_frames, 1 if rollout.sampler_options.get("sequential") else steps
+    chunk, rows = rollout.chunk_frames, 1 if _options(rollout)["sequential"] else steps
     forward = Forward(chunk, window - chunk, chunk, rows)
     return {"denoise": [forward] * (steps // rows), "clean_pass": []}
 

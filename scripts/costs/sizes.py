@@ -28,6 +28,8 @@ class ModelSizes:
     """Transformers of this size; 2 share the steps and cache every chunk each."""
     tiny_vae: Mapping[str, Any] | None = None
     """Config of `AutoencoderTinyWan` for the same latents; `None` where none is known."""
+    image_encoder: Mapping[str, Any] | None = None
+    """Config of `CLIPVisionModel`, for a transformer that attends to an image."""
 
     @classmethod
     def of_preset(cls, name: str) -> ModelSizes:
@@ -43,7 +45,8 @@ class ModelSizes:
         """Read from the configs of a checkpoint in diffusers' layout.
 
         Raises:
-            ValueError: there is none, its transformers differ, or they are conditioned on an image.
+            ValueError: there is none, its transformers differ, one of them is missing, or it is conditioned on a last
+                frame as well.
         """
         folder = Path(folder)
         transformer, experts = _config(folder, "transformer"), 1
@@ -51,18 +54,21 @@ class ModelSizes:
             experts = 2
             if _config(folder, "transformer_2") != transformer:
                 raise ValueError(f"the two transformers in '{folder}' have other sizes each; a pair is of one size")
-        if transformer["in_channels"] != transformer["out_channels"]:
+        elif _is_of_a_pair(folder):
+            raise ValueError(f"'{folder}' is of a model with two transformers, and there is no transformer_2 in it")
+        if transformer.get("pos_embed_seq_len") is not None:
             raise ValueError(
-                f"the transformer in '{folder}' is conditioned on an image, which is not counted here; "
-                "`wan-ar generate --dry-run` counts its forwards and what is held"
+                f"the transformer in '{folder}' is conditioned on a first and a last frame, and a video that grows "
+                "has no last one; use one for image to video"
             )
+        image_encoder = _config(folder, "image_encoder") if transformer.get("image_dim") is not None else None
         text_encoder = _config(folder, "text_encoder") if (folder / "text_encoder").is_dir() else None
         vae = _config(folder, "vae")
         if (folder / "tiny_vae").is_dir():
             tiny_vae: Mapping[str, Any] | None = _config(folder, "tiny_vae")
         else:
             tiny_vae = _TINY_VAES.get((vae.get("z_dim", 16), vae["scale_factor_spatial"]))
-        return cls(folder.name, transformer, vae, text_encoder, 480, 832, experts, tiny_vae)
+        return cls(folder.name, transformer, vae, text_encoder, 480, 832, experts, tiny_vae, image_encoder)
 
     def with_layers(self, layers: int) -> ModelSizes:
         """The same with another number of transformer blocks."""
@@ -81,7 +87,14 @@ class ModelSizes:
     @property
     def channels(self) -> int:
         """Of the latents."""
-        return int(self.transformer["in_channels"])
+        return int(self.transformer["out_channels"])
+
+    @property
+    def image_tokens(self) -> int:
+        """That the cross-attention sees of an image: one for each patch, and one for the whole."""
+        if self.image_encoder is None:
+            return 0
+        return int((self.image_encoder["image_size"] // self.image_encoder["patch_size"]) ** 2 + 1)
 
     @property
     def spatial_factor(self) -> int:
@@ -116,6 +129,13 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
         raise ValueError(f"there is no checkpoint in '{folder}': {part}/config.json is missing")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _is_of_a_pair(folder: Path) -> bool:
+    """By the model index, where there is one."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ())
 
 
 def _transformer(heads: int, ffn_dim: int, layers: int, channels: int = 16) -> dict[str, Any]:
@@ -157,6 +177,17 @@ _UMT5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+_CLIP_VIT_H = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 1024,
+}
+_SEES_IMAGE = {"in_channels": 36}  # the noise, the image's latents and a mask of 4
+_SEES_CLIP = {"image_dim": 1280, "added_kv_proj_dim": 5120}
 # The defaults of `AutoencoderTinyWan` are `taew2_1`; `taew2_2` differs so. By latent channels and pixels per latent.
 _TINY_VAES: dict[tuple[int, int], dict[str, Any]] = {
     (16, 8): {},
@@ -167,8 +198,9 @@ _TINY_VAES: dict[tuple[int, int], dict[str, Any]] = {
 def _published(
     name: str, transformer: dict[str, Any], vae: dict[str, Any], height: int, width: int, experts: int = 1
 ) -> ModelSizes:
-    tiny_vae = _TINY_VAES[transformer["in_channels"], vae["scale_factor_spatial"]]
-    return ModelSizes(name, transformer, vae, _UMT5_XXL, height, width, experts, tiny_vae)
+    tiny_vae = _TINY_VAES[transformer["out_channels"], vae["scale_factor_spatial"]]
+    image_encoder = _CLIP_VIT_H if "image_dim" in transformer else None
+    return ModelSizes(name, transformer, vae, _UMT5_XXL, height, width, experts, tiny_vae, image_encoder)
 
 
 _PUBLISHED = {
@@ -176,5 +208,7 @@ _PUBLISHED = {
     "5b": _published("5b", _transformer(24, 14336, 30, channels=48), _WAN22_VAE, 704, 1280),
     "14b": _published("14b", _transformer(40, 13824, 40), _WAN21_VAE, 480, 832),
     "a14b": _published("a14b", _transformer(40, 13824, 40), _WAN21_VAE, 480, 832, experts=2),
+    "i2v-14b": _published("i2v-14b", _transformer(40, 13824, 40) | _SEES_IMAGE | _SEES_CLIP, _WAN21_VAE, 480, 832),
+    "i2v-a14b": _published("i2v-a14b", _transformer(40, 13824, 40) | _SEES_IMAGE, _WAN21_VAE, 480, 832, experts=2),
 }
 PRESETS = ("demo", *_PUBLISHED)

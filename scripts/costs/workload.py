@@ -34,6 +34,8 @@ class Workload:
     with_vae: bool = True
     tiny_vae: bool = False
     """Decode with the tiny VAE of the same latents."""
+    preview_vae: bool = False
+    """Decode every chunk with the tiny VAE first, for a live view."""
     vae_tiling: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -44,8 +46,10 @@ class Workload:
             raise ValueError(f"the dtype is {self.dtype!r}; allowed are {', '.join(DTYPES)}")
         if self.tiny_vae and self.vae_tiling:
             raise ValueError("vae_tiling and tiny_vae do not go together: a tiny VAE needs no tiles; leave one out")
-        if self.tiny_vae and self.model.tiny_vae is None:
-            raise ValueError(f"no tiny VAE is known for the latents of {self.model.name}; leave out tiny_vae")
+        if self.preview_vae and (self.tiny_vae or not self.with_vae):
+            raise ValueError("preview_vae is a tiny VAE beside the full one; with tiny_vae alone leave it out")
+        if (self.tiny_vae or self.preview_vae) and self.model.tiny_vae is None:
+            raise ValueError(f"no tiny VAE is known for the latents of {self.model.name}; leave it out")
         for name in ("chunks", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -99,6 +103,11 @@ class Workload:
         """The same with other settings of the rollout."""
         return replace(self, rollout=replace(self.rollout, **changes))
 
+    @property
+    def of_preview(self) -> Workload:
+        """The same decoded by the preview VAE alone."""
+        return replace(self, tiny_vae=True, preview_vae=False, vae_tiling=False)
+
     def describe(self) -> str:
         """Model, size, chunk, window and dtypes in two lines."""
         rollout = self.rollout
@@ -111,6 +120,7 @@ class Workload:
             f"{self.dtype}"
             + ("" if rollout.kv_dtype is None else f", K/V {rollout.kv_dtype}")
             + (", tiny VAE" if self.tiny_vae else "")
+            + (", preview VAE" if self.preview_vae else "")
         )
 
 
@@ -190,7 +200,7 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
     """Add what `workload_of` reads as well where it is there."""
     add = parser.add_argument
     add("--sampler", default="chunkwise", metavar="NAME", help="see docs/SAMPLERS.md (default: chunkwise)")
-    add("--sampler-options", type=json.loads, default={}, metavar="JSON", help="its parameters by name")
+    add("--sampler-options", type=_options, default={}, metavar="JSON", help="its parameters by name")
     add("--memory-bank-frames", type=int, default=0, metavar="N", help="of sampler memory_bank (default: 0)")
 
 
@@ -210,6 +220,16 @@ def workload_of(args: argparse.Namespace, **others: Any) -> Workload:
         dtype=args.dtype,
         **others,
     )
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object such as {{"attended_frames": 12}}')
+    return options
 
 
 def _frames_or_none(word: str) -> int | None:

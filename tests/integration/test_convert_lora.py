@@ -13,10 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import make_tiny_checkpoint
+from wan22_folder import make_a14b_folder
 
+from wan_autoregressive.configs.checkpoints import read_checkpoints
 from wan_autoregressive.models.checkpoint_files import load_checkpoint
 from wan_autoregressive.models.conversion import convert_wan_state_dict
 from wan_autoregressive.models.lora import load_lora
+from wan_autoregressive.scripts.cli import main
 from wan_autoregressive.scripts.convert import convert_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "weights" / "tiny_self_forcing.pt"
@@ -48,8 +51,12 @@ def trained(base: Path) -> PeftModel:
     config = WanTransformer3DModel.load_config(base, subfolder="transformer")
     model = WanTransformer3DModel.from_config(config)
     model.load_state_dict(convert_wan_state_dict(load_checkpoint(GOLDEN)))
+    return with_random_lora(model)
+
+
+def with_random_lora(model: WanTransformer3DModel, seed: int = 0) -> PeftModel:
     lora = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LAYERS)))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for name, parameter in lora.named_parameters():
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn_like(parameter)
@@ -118,6 +125,75 @@ def test_equals_the_merge_of_peft(
     stored = WanTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer").state_dict()
     assert stored.keys() == merged.keys()
     assert all(torch.equal(stored[name], merged[name]) for name in merged)
+
+
+NAMES = ("transformer", "transformer_2")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_a14b_folder(tmp_path_factory.mktemp("pair") / "wan")
+
+
+def lora_of(model: WanTransformer3DModel, seed: int, folder: Path) -> Path:
+    """A LoRA of random factors, which is then merged into the model."""
+    lora = with_random_lora(model, seed)
+    folder.mkdir()
+    saved = as_peft_folder({name: tensor.detach() for name, tensor in get_peft_model_state_dict(lora).items()}, folder)
+    lora.merge_and_unload()
+    return saved
+
+
+def convert_pair(pair: Path, output: Path, *words: str) -> int:
+    own = ["convert", str(pair / "transformer"), "--second", str(pair / "transformer_2"), "--base", str(pair)]
+    return main([*own, "--output", str(output), *words])
+
+
+def test_each_of_a_pair_has_its_own(pair: Path, tmp_path: Path) -> None:
+    models = [WanTransformer3DModel.from_pretrained(pair, subfolder=name) for name in NAMES]
+    plain = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    first, second = (lora_of(model, seed, tmp_path / str(seed)) for seed, model in enumerate(models))
+
+    def stored(*words: str) -> list[Weights]:
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert convert_pair(pair, output, *words) == 0
+        return [WanTransformer3DModel.from_pretrained(output, subfolder=name).state_dict() for name in NAMES]
+
+    def assert_equal(made: list[Weights], expected: list[Weights]) -> None:
+        for one, other in zip(made, expected, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in other)
+
+    both = ["--lora", str(first), "--second-lora", str(second)]
+    merged = [model.state_dict() for model in models]
+    assert_equal(stored(*both), merged)
+    assert_equal(stored(*both, "--second-lora-scale", "0"), [merged[0], plain[1]])
+    assert_equal(stored("--second-lora", str(second)), [plain[0], merged[1]])
+
+
+def test_it_must_be_clear_which_of_a_pair_has_it(base: Path, pair: Path, tmp_path: Path, capsys) -> None:
+    def refused(match: str, code: int) -> None:
+        error = capsys.readouterr().err
+        assert code == 2
+        assert match in error
+        assert len(error.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+    lora = str(tmp_path / "lora.safetensors")
+    refused("into the first of two transformers alone", convert_pair(pair, tmp_path / "out", "--lora", lora))
+    refused("and no LoRA is given", convert_pair(pair, tmp_path / "out", "--second-lora-scale", "0.5"))
+    words = ["convert", str(GOLDEN), "--base", str(base), "--output", str(tmp_path / "out")]
+    refused("a second transformer, and none are given; use lora", main([*words, "--second-lora", lora]))
+    refused("and no LoRA is given", main([*words, "--lora-scale", "0.5"]))
+    entry = {
+        **{"title": "x", "repo": "a/b", "file": "x.pt", "second": "y.pt", "lora": "z.pt"},
+        **{"base": "c/d", "preset": "fastvideo_a14b", "license": "MIT", "bytes": 1},
+    }
+    bases = {"c/d": {"license": "MIT", "bytes": 1}}
+    text = json.dumps({"bases": bases, "checkpoints": {"x": entry}})
+    with pytest.raises(ValueError, match="x: the LoRA would go into the first of two transformers alone"):
+        read_checkpoints(text, "list")
+    text = json.dumps({"bases": bases, "checkpoints": {"x": {**entry, "second_lora": "z.pt"}}})
+    assert read_checkpoints(text, "list")["x"].files == ("x.pt", "y.pt", "z.pt")
 
 
 def test_a_strength_of_zero_changes_nothing_and_of_a_half_half(base: Path, factors: Weights, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from benchmarks.counting import count_step
 from wan_autoregressive import WanAutoregressivePipeline
 from wan_autoregressive.scripts.cli import main
 from wan_autoregressive.scripts.costs.allocations import AllocationCounts, AllocationMode
-from wan_autoregressive.scripts.costs.build import build_pipeline, start_rollout
+from wan_autoregressive.scripts.costs.build import build_pipeline, start_rollout, weights_bytes
 from wan_autoregressive.scripts.costs.memory import estimate_memory
 from wan_autoregressive.scripts.costs.sizes import ModelSizes
 from wan_autoregressive.scripts.costs.workload import make_workload
@@ -28,16 +28,31 @@ VARIANTS = {
         **{"sampler": "rolling", "sink_frames": 0, "window_frames": 9, "position_mode": "sink_relative"},
         "sampler_options": {"attended_frames": 9},
     },
-    "recompute": {
+    "recompute": {"sampler": "recompute", "sink_frames": 0, "window_frames": 6},
+    "recompute, bfloat16": {"sampler": "recompute", "sink_frames": 0, "window_frames": 6, "dtype": "bfloat16"},
+    "recompute, first frame kept": {
         **{"sampler": "recompute", "sink_frames": 0, "window_frames": 6},
         "sampler_options": {"keep_first_frame": True},
     },
     "stream_batch": {"sampler": "stream_batch"},
     "tiles": {"vae_tiling": True, "height": 288, "window_frames": 6},
     "tiny VAE": {"tiny_vae": True},
-    "pair": {"steps": 4, "model": replace(ModelSizes.of_preset("demo"), experts=2)},
+    "preview VAE": {"preview_vae": True},
 }
-QUICK = ("window", "tiny VAE")
+DEMO = ModelSizes.of_preset("demo")
+CLIP = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+SEES_IMAGE = {**DEMO.transformer, "in_channels": DEMO.transformer["in_channels"] + 4 + DEMO.channels}
+SEES_CLIP = {**SEES_IMAGE, "image_dim": 24, "added_kv_proj_dim": DEMO.dim}
+SEEING = replace(DEMO, transformer=SEES_CLIP, image_encoder={**CLIP, "image_size": 28, "patch_size": 14})
+VARIANTS |= {
+    "image": {"model": SEEING},
+    "image, no window": {"model": SEEING, "window_frames": None, "sink_frames": 0, "chunks": 3},
+    "image, memory_bank": {**VARIANTS["memory_bank"], "model": SEEING},
+    "image, stream_batch": {"model": SEEING, "sampler": "stream_batch"},
+    "pair": {"steps": 4, "model": replace(DEMO, experts=2)},
+    "image, pair": {"steps": 4, "model": replace(DEMO, transformer=SEES_IMAGE, experts=2)},
+}
+QUICK = ("window", "tiny VAE", "image")
 
 
 CHUNKS_MORE = {"memory_bank": 2, "rolling": 3, "stream_batch": 2}
@@ -55,9 +70,10 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     workload = make_workload(**{"layers": 2, "steps": 2, "height": 64, "width": 64, **changes})
     estimate = estimate_memory(workload)
     pipe = build_pipeline(workload)
-    weights = [sum(p.nbytes for p in model.parameters()) for model in (pipe.transformer, pipe.vae)]
+    models = pipe.transformer, pipe.vae, pipe.image_encoder
+    weights = [weights_bytes(model) for model in models]
     assert (pipe.transformer_2 is None) == (estimate.experts == 1)
-    assert weights == [estimate.transformer_bytes, estimate.vae_bytes]
+    assert weights == [estimate.transformer_bytes, estimate.vae_bytes, estimate.image_encoder_bytes]
 
     rollout, counted = start_rollout(pipe, workload), start_rollout(pipe, workload)
     last = workload.chunks - 1 if workload.window_tokens is None else workload.chunks_to_fill + 1
@@ -69,7 +85,10 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     peaks: dict[str, list[int]] = {"predict": [], "predict_lanes": [], "decode": []}
     count_peaks(monkeypatch, rollout.denoiser, "predict", peaks)
     count_peaks(monkeypatch, rollout.denoiser, "predict_lanes", peaks)
-    count_peaks(monkeypatch, rollout.vae_decoder, "decode", peaks)
+    codec, preview = rollout.components.codec, rollout.components.preview_codec
+    for one in (codec, preview):
+        if one is not None:
+            count_peaks(monkeypatch, type(one.decoder()), "decode", peaks)
     latents_bytes = rollout.history.nbytes + rollout.sampler.nbytes + rollout.step().latents.nbytes
 
     assert rollout.denoiser.kv_cache_bytes == estimate.kv_cache_bytes
@@ -77,7 +96,11 @@ def test_the_estimate_is_what_a_rollout_takes(changes, monkeypatch):
     assert rollout.vae_decoder.state_bytes == estimate.vae_state_bytes
     assert latents_bytes == estimate.latents_bytes
     assert rollout.denoiser.input_bytes == estimate.input_bytes
-    assert peaks["decode"] == [estimate.decode_peak_bytes]
+    assert weights_bytes(None if preview is None else preview.vae) == estimate.preview_vae_bytes
+    states = estimate.vae_state_bytes + estimate.preview_state_bytes
+    others = estimate.kv_cache_bytes + estimate.text_kv_bytes + estimate.input_bytes
+    assert rollout.nbytes == others + states + rollout.history.nbytes + rollout.sampler.nbytes
+    assert max(peaks["decode"]) == estimate.decode_peak_bytes
     assert max(peaks["predict"] + peaks["predict_lanes"]) == estimate.forward_peak_bytes
 
 
@@ -140,5 +163,7 @@ def test_a_checkpoint_folder_gives_the_sizes(tiny_checkpoint, capsys):
     assert "tiny: 2 layers of 80, 64x64" in capsys.readouterr().out
     assert main(["estimate", "--model", str(tiny_checkpoint / "vae")]) == 2
     assert "transformer/config.json is missing" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["estimate", "--preset", "2b"])
+    for words in (["--preset", "2b"], ["--sampler-options", "{"], ["--sampler-options", "3"]):
+        with pytest.raises(SystemExit):
+            main(["estimate", *words])
+    assert "'3' is no JSON object such as" in capsys.readouterr().err

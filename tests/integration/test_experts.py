@@ -324,6 +324,8 @@ def test_folders_that_are_no_pair(folder, tmp_path):
     with pytest.raises(ValueError, match="have other sizes each"):
         ModelSizes.of_folder(copy)
     shutil.rmtree(copy / "transformer_2")
+    with pytest.raises(ValueError, match="two transformers, and there is no transformer_2 in it"):
+        ModelSizes.of_folder(copy)
     with pytest.raises(ValueError, match="there is no folder 'transformer_2' in it"):
         check_model_folder(copy)
 

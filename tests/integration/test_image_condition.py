@@ -1,12 +1,14 @@
 """Transformers that are conditioned on an image, against diffusers' own pipeline and its transformer."""
 
 import itertools
+import json
 import shutil
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import WanImageToVideoPipeline
 from naive_video import CHANNELS, TEXT_DIM, Frame, NaiveTransformer, randn
 from PIL import Image
@@ -23,7 +25,10 @@ from wan_autoregressive.pipelines.image_condition import ImageCondition, encode_
 from wan_autoregressive.pipelines.prompts import PromptState
 from wan_autoregressive.pipelines.rollout import WanRollout
 from wan_autoregressive.scripts import cli
+from wan_autoregressive.scripts.costs.allocations import flop_counter
+from wan_autoregressive.scripts.costs.memory import estimate_memory
 from wan_autoregressive.scripts.costs.sizes import ModelSizes
+from wan_autoregressive.scripts.costs.workload import make_workload
 from wan_autoregressive.scripts.load_pipeline import check_model_folder
 
 BOUND = 1e-4  # float32
@@ -214,12 +219,13 @@ def options(seed: int = 0) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["chunkwise", "rolling", "memory_bank"])
+@pytest.mark.parametrize("sampler", ["chunkwise", "rolling", "memory_bank", "stream_batch"])
 def test_resumed_and_forked_equal_uninterrupted(i2v, name, sampler, tmp_path):
     settings = {"chunkwise": {}, "rolling": {"first_chunk_frames": None, "window_frames": 15, "sink_frames": 0}}
+    settings["stream_batch"] = {"switch_policy": "cross_attention", "chunk_frames": 2}
     settings["memory_bank"] = {"memory_bank_frames": 1, "window_frames": 6, "sink_frames": 1}
     own = {**settings[sampler], "sampler": sampler}
-    if name == "i2v-a14b" and sampler == "rolling":
+    if name == "i2v-a14b" and sampler in ("rolling", "stream_batch"):
         pytest.skip("two transformers take chunk after chunk")
     expected = list(begin(i2v, **options() | own))
     rollout = begin(i2v, **options() | own)
@@ -359,8 +365,39 @@ def test_a_folder_without_its_image_encoder(folders, tmp_path):
     shutil.rmtree(tmp_path / "copy" / "image_encoder")
     with pytest.raises(ValueError, match="there is no folder 'image_encoder' in it"):
         check_model_folder(tmp_path / "copy")
-    with pytest.raises(ValueError, match="conditioned on an image, which is not counted here"):
-        ModelSizes.of_folder(folders["i2v"])
+    with pytest.raises(ValueError, match=r"image_encoder/config\.json is missing"):
+        ModelSizes.of_folder(tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_the_estimate_of_a_folder_is_what_its_image_takes(folders, name, i2v, tmp_path, capsys):
+    sizes = {"height": 32, "width": 32, "window_frames": None, "sink_frames": 0, "chunks": 3}
+    workload = make_workload(ModelSizes.of_folder(folders[name]), **sizes)
+    estimate = estimate_memory(workload)
+    settings = {key: value for key, value in vars(workload.rollout).items() if key != "output_type"}
+    with flop_counter() as counter:
+        rollout = i2v.rollout(
+            prompt_embeds=randn(1, 512, i2v.transformer.config.text_dim), image=picture(), **settings
+        )
+    assert counter.get_total_flops() == sum(estimate.image_flops.values())
+    assert rollout.denoiser.image.nbytes == estimate.image_condition_bytes
+    encoder = i2v.image_encoder
+    weights = 0 if encoder is None else sum(parameter.nbytes for parameter in encoder.parameters())
+    assert weights == estimate.image_encoder_bytes
+
+    endless = estimate_memory(make_workload(ModelSizes.of_folder(folders[name]), height=32, width=32))
+    seen = begin(i2v, window_frames=9).denoiser.image
+    assert estimate.image_condition_bytes < seen.nbytes <= endless.image_condition_bytes
+
+    words = ["--model", str(folders[name]), "--height", "32", "--width", "32"]
+    assert cli.main(["estimate", *words, "--window-frames", "none", "--chunks", "3", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    words += ["--prompt", "a red circle", "--num-frames", "33", "--num-inference-steps", "4", "--device", "cpu"]
+    picture().save(tmp_path / "x.png")
+    assert cli.main(["generate", *words, "--image", str(tmp_path / "x.png"), "--dry-run"]) == 0
+    each = yaml.safe_load(capsys.readouterr().out)["each_video"]
+    for held in ("kv_cache_bytes", "text_kv_bytes", "image_condition_bytes", "vae_state_bytes"):
+        assert each[held] == figures[held] == getattr(estimate, held) > 0
 
 
 @pytest.mark.slow

@@ -5,21 +5,26 @@ that of the unquantised weights is the relative L2 difference of the latents.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from aligned_weights import align_weights
 from diffusers import GGUFQuantizationConfig, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 from saved_rollouts import assert_same, start, state_of
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wan_autoregressive import CausalWanTransformer3DModel, WanAutoregressivePipeline
+from wan_autoregressive.models.conversion import convert_wan_state_dict, load_checkpoint
 from wan_autoregressive.models.weights_fingerprint import weights_fingerprint
 from wan_autoregressive.scripts.costs.weight_formats import formatted_bytes
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "weights" / "tiny_self_forcing.pt"
 
 
 def has(package: str) -> pytest.MarkDecorator:
@@ -38,11 +43,19 @@ def with_torchao(folder: Path, kind: str) -> WanAutoregressivePipeline:
     return WanAutoregressivePipeline.from_pretrained(folder, dtype=torch.float32, quantization_config=mapping)
 
 
-def with_gguf(folder: Path, kind: str) -> WanAutoregressivePipeline:
+def original_names() -> dict[str, str]:
+    """Those of Wan's own code, in which most files are published, by diffusers' names."""
+    names: dict[str, Any] = {name: name.removeprefix("model.") for name in load_checkpoint(GOLDEN)}
+    return convert_wan_state_dict(names)
+
+
+def with_gguf(
+    folder: Path, kind: str, file: str | None = None, names: Mapping[str, str] | None = None
+) -> WanAutoregressivePipeline:
     """As published files are: matrices of the blocks in blocks of 32 numbers, all else in float32."""
     import gguf
 
-    path = folder.with_name(f"{kind}.gguf")
+    path = folder.with_name(f"{file or kind}.gguf")
     if not path.exists():
         writer = gguf.GGUFWriter(path, "wan")
         for name, tensor in plain(folder).transformer.state_dict().items():
@@ -50,7 +63,7 @@ def with_gguf(folder: Path, kind: str) -> WanAutoregressivePipeline:
             if name.startswith("blocks.") and values.ndim == 2 and values.shape[1] % 32 == 0:
                 form = gguf.GGMLQuantizationType[kind]
                 values = gguf.quants.quantize(values, form)
-            writer.add_tensor(name, values, raw_dtype=form)
+            writer.add_tensor(name if names is None else names[name], values, raw_dtype=form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -146,6 +159,19 @@ def bytes_of(weight: torch.Tensor) -> int:
     return weight.as_subclass(torch.Tensor).nbytes
 
 
+@has("gguf")
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_gguf_file_in_wans_own_names(prefix, tiny_checkpoint):
+    names = {name: prefix + original for name, original in original_names().items()}
+    assert "self_attn.q" in names["blocks.0.attn1.to_q.weight"]
+    expected = with_gguf(tiny_checkpoint, "Q4_0").transformer
+    made = with_gguf(tiny_checkpoint, "Q4_0", f"named {prefix}", names).transformer
+    assert weights_fingerprint(made) == weights_fingerprint(expected)  # formats too
+    for name, weight in expected.state_dict().items():
+        numbers = (one.as_subclass(torch.Tensor) for one in (weight, made.state_dict()[name]))
+        assert torch.equal(*numbers)
+
+
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted(quantized, tmp_path):
     expected = list(start(quantized))
@@ -165,6 +191,25 @@ def test_a_state_knows_the_format_of_its_weights(form, quantized, tiny_checkpoin
     start(pipe).save(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"is of another transformer|other weights: their (names|values)"):
         quantized.resume(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(name, marks=MARKS[name]) for name in ("int8", "int8 dynamic")])
+def test_a_saved_folder_gives_the_same_video(kind, tiny_checkpoint, tmp_path):
+    """To the bit, once no weight is where a file happens to have it; loaded in the dtype that it was made in."""
+    made = FORMATS[kind].load(tiny_checkpoint)
+    start(made).save(tmp_path / "state")  # before diffusers rewrites its config
+    made.save_pretrained(tmp_path / "folder")
+    again = plain(tmp_path / "folder")
+    now, before = (weights_fingerprint(pipe.transformer) for pipe in (again, made))
+    assert now == before
+    torch.testing.assert_close(latents_of(again), latents_of(made), rtol=0, atol=1e-4)
+    assert torch.equal(latents_of(align_weights(again)), latents_of(align_weights(made)))
+    for pipe in (made, again):
+        pipe.resume(tmp_path / "state")
+    with_another_dtype = WanAutoregressivePipeline.from_pretrained(tmp_path / "folder")
+    assert with_another_dtype.transformer.dtype == torch.bfloat16  # as docs/MEMORY.md warns
+    with pytest.raises(ValueError, match=r"is of another transformer|other weights"):
+        with_another_dtype.resume(tmp_path / "state")
 
 
 @pytest.mark.slow

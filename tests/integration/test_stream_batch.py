@@ -1,5 +1,6 @@
 """StreamDiffusionV2's lanes against lanes that are lists of frames, each computed alone."""
 
+import dataclasses
 import itertools
 from dataclasses import dataclass, field
 
@@ -9,6 +10,12 @@ import pytest
 import torch
 from naive_video import CHANNELS, TEXT_DIM, Frame, NaiveTransformer, randn
 from saved_rollouts import generator
+
+from wan_autoregressive.configs.rollout_config import RolloutConfig
+from wan_autoregressive.pipelines.image_condition import ImageCondition
+from wan_autoregressive.pipelines.input_checks import check_sizes
+from wan_autoregressive.pipelines.prompts import PromptState
+from wan_autoregressive.pipelines.rollout import WanRollout
 
 BOUND = 1e-4  # float32; deliberate mistakes in what is seen, and where, are off by more than 1e-2
 STEPS = (1000, 700, 400)
@@ -32,6 +39,8 @@ class NaiveStream:
     restart: int | None = None
     steps: tuple[int, ...] = STEPS
     sequential: bool = False
+    condition: torch.Tensor | None = None
+    """Channels of an image beside the latents, of all frames."""
 
     def make(self, draw, given: torch.Tensor | None = None) -> torch.Tensor:
         scheduler = self.transformer.pipeline(self.steps).scheduler
@@ -91,6 +100,8 @@ class NaiveStream:
         if self.window is not None:
             held = [frame for frame in held if frame < self.sink or frame >= end - (self.window - self.sink)]
         sees = {frame: self.positions[frame] for frame in held}
+        if self.condition is not None:
+            latents = torch.cat([latents, self.condition[:, :, start:end]], dim=1)
         single = latents.split(1, dim=2)
         return [Frame(frame, timestep, self.positions[start + i], sees, prompt) for i, frame in enumerate(single)]
 
@@ -155,6 +166,41 @@ def test_equals_lanes_of_frames(name):
     expected = naive.make(drawing(shape))
     latents = naive.transformer.pipeline(naive.steps)(**settings(naive, shape), generator=generator()).frames
     torch.testing.assert_close(latents, expected, rtol=0, atol=BOUND)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "parts", "sees_clip"),
+    [
+        ([2] + [1] * 8, {"window": 4, "sink": 1}, True),
+        ([2] * 5, {"window": 4}, False),
+        ([2] * 4, {}, False),
+        ([1] * 5, {"window": 4, "sequential": True}, True),
+    ],
+)
+def test_an_image_is_seen_in_every_lane(chunks, parts, sees_clip):
+    """Each lane has the channels of its own frames, of two videos."""
+    condition = randn(2, 20, sum(chunks), 4, 4, seed=7)
+    condition[:, :, -1:] = condition[:, :, -2:-1]  # as far from the image
+    sizes = {"in_channels": CHANNELS + 20} | ({"image_dim": 8, "added_kv_proj_dim": 40} if sees_clip else {})
+    image = randn(2, 6, 8, seed=6) if sees_clip else None
+    naive = NaiveStream(
+        NaiveTransformer(prompts=[randn(2, 5, TEXT_DIM)], sizes=sizes, image=image),
+        chunks,
+        **parts,
+        condition=condition,
+    )
+    expected = naive.make(drawing((2, 4, 4)))
+    options = settings(naive, (2, 4, 4))
+    prompt = PromptState(options.pop("prompt_embeds"))
+    pipe, seen = naive.transformer.pipeline(naive.steps), ImageCondition(condition[:, :, :-1], image)
+    components, config = pipe.wan_components(), RolloutConfig(**options)
+    check_sizes(components, config, given_frames=0)
+    rollout = WanRollout(components, config, prompt, generator=generator(), image=seen)
+    latents = torch.cat([chunk.latents for chunk in rollout], dim=2)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=BOUND)
+    again = dataclasses.replace(config, sampler_options={"restart_positions": 9})
+    with pytest.raises(ValueError, match="numbers frames anew"):
+        check_sizes(components, again, given_frames=0)
 
 
 def test_given_frames_come_first():

@@ -152,3 +152,16 @@ def test_noise_is_that_of_diffusers(drawn_from):
 
     with torch.random.fork_rng():
         assert torch.equal(drawn(draw_noise), drawn(randn_tensor))
+
+
+def test_of_another_schedulers_config_is_taken_what_means_something_here(tmp_path):
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_config(
+        tmp_path
+    )
+    scheduler = SelfForcingScheduler.from_config(UniPCMultistepScheduler.load_config(tmp_path))
+    own = {"denoising_steps", "shift", "warp", "num_train_timesteps"}
+    assert {name for name in scheduler.config if not name.startswith("_")} == own
+    assert scheduler.config.shift == 3.0
+    assert (
+        SelfForcingScheduler.from_config({"shift": 2.0, "sihft": 3.0}).config["sihft"] == 3.0
+    )  # diffusers warns of it
