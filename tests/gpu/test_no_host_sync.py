@@ -9,7 +9,7 @@ import pytest
 import torch
 from saved_rollouts import generator, noise, start
 
-from wan_autoregressive.pipelines import rollout as rollout_module
+from wan_autoregressive.pipelines import chunk_pixels
 
 WINDOW = {"num_frames": 45, "window_frames": 6, "sink_frames": 1, "chunk_frames": 2}  # 6 chunks
 OPTIONS = {
@@ -38,7 +38,7 @@ def no_sync():
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_no_chunk_waits(pipe, cuda, monkeypatch, options):
     # The one wait per chunk that is meant, when all of it has been queued.
-    monkeypatch.setattr(rollout_module, "check_finite", lambda steps_finite, pixels_finite, chunk: None)
+    monkeypatch.setattr(chunk_pixels, "check_finite", lambda steps_finite, pixels_finite, chunk: None)
     seeded = torch.Generator(cuda).manual_seed(0)
     rollout = start(pipe, **{**WINDOW, "generator": seeded, "output_type": "pt", **options})
     new_embeds = noise(*rollout.prompt.embeds.shape).to(cuda)

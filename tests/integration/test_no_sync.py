@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan_autoregressive.pipelines import rollout as rollout_module
+from wan_autoregressive.pipelines import chunk_pixels
 from wan_autoregressive.scripts.costs.build import build_pipeline, prompt_embeds
 from wan_autoregressive.scripts.costs.workload import make_workload
 
@@ -56,7 +56,7 @@ def meta_pipe():
 def run(pipe, monkeypatch, **options) -> None:
     """A rollout whose prompt changes; it has a first chunk, clean passes and evictions."""
     # The one wait per chunk that is meant, when all of it has been queued.
-    monkeypatch.setattr(rollout_module, "check_finite", lambda steps_finite, pixels_finite, chunk: None)
+    monkeypatch.setattr(chunk_pixels, "check_finite", lambda steps_finite, pixels_finite, chunk: None)
     options = {**WINDOW, "generator": torch.Generator().manual_seed(0), "output_type": "latent", **options}
     embeds, new_embeds = prompt_embeds(SETTINGS), prompt_embeds(SETTINGS)
     negative = prompt_embeds(SETTINGS) if "guidance_scale" in options else None
