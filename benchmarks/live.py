@@ -166,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = ("--slots", str(max(_SESSIONS)))
     with tempfile.TemporaryDirectory() as folder, ServerProcess(*words, log=Path(folder) / "log") as server:
         link = server.link
+        held = asyncio.run(held_bytes(server, 3, 10))  # first: what others leave free would be taken
+        rows.append(("memory of a session", f"{held / 2**20:.0f} MiB"))
         rows.append(("Enter to first chunk", _spread(asyncio.run(first_chunk_s(link, args.repeats)))))
         rows.append(("change of prompt to a chunk with it", _spread(asyncio.run(change_s(link, args.repeats)))))
         for sessions in _SESSIONS:
@@ -181,8 +183,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(("server's overhead per chunk", spread))
         rows.append(("share of ffmpeg in the server's CPU time", f"{100 * encoder_share:.1f} %"))
         rows.append(("bytes of a second of video", f"{size / 1000:.0f} kB"))
-        held = asyncio.run(held_bytes(server, 3, 10))
-        rows.append(("memory of a session", f"{held / 2**20:.0f} MiB"))
         before = server.rss_bytes()
         asyncio.run(come_and_go(link, args.visits))
         grown = f"{before / 2**20:.0f} MiB, {server.rss_bytes() / 2**20:.0f} MiB"

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 _GROWTH = 0.25  # of the resident memory, since it was last known to be needed
@@ -40,22 +41,26 @@ class HeapWatch:
                 self._give_back()
                 self._needed = None
 
+    def expect_less(self) -> None:
+        """A video goes: the next look gives back what it leaves free, however little it is."""
+        with self._lock:
+            self._needed = 0
 
-def _resident_bytes() -> int:
+
+def resident_bytes() -> int:
+    """Memory that this process has; of Linux."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _watch() -> HeapWatch | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        trim = ctypes.CDLL("libc.so.6").malloc_trim
-        _resident_bytes()
-    except (OSError, AttributeError):  # another C library, or no /proc
-        return None
-    return HeapWatch(_resident_bytes, lambda: trim(0))
+def _watch() -> HeapWatch:
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library, or no /proc
+            trim = ctypes.CDLL("libc.so.6").malloc_trim
+            resident_bytes()
+            return HeapWatch(resident_bytes, lambda: trim(0))
+    return HeapWatch(lambda: 0, lambda: None)
 
 
 HEAP = _watch()
-"""Of this process; None where the C library has nothing to give back."""
+"""Of this process. It does nothing where the C library holds nothing back."""

@@ -37,8 +37,7 @@ class Snapshots(Generic[Place]):
         self._forks[place] = rollout.fork()
         others = [held for held in self._forks if held != self._start]
         self.drop(others[: max(0, len(others) - self._most)])
-        if HEAP is not None:
-            HEAP.look()
+        HEAP.look()
 
     def fork(self, place: Place) -> WanRollout:
         """A rollout of its own that goes on from there. `KeyError` if it is not held."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from wan_autoregressive.pipelines.heap import HEAP
 from wan_autoregressive.server.chunk_encoders import ChunkEncoders
 from wan_autoregressive.server.figures import Figures
 from wan_autoregressive.server.limits import EngineLimits, UnknownSessionError
@@ -137,6 +138,7 @@ class Engine:
             self._parked.remove(key)
             self._changed.notify_all()
         self._parked.folder(key).remove()
+        HEAP.expect_less()
 
     def describe(self, key: str) -> dict[str, Any]:
         """The timeline of a session. Raises `UnknownSessionError`."""
@@ -223,6 +225,7 @@ class Engine:
                 return
             self._seats.remove(session)
             too_many = self._parked.put(session.id) if is_saved else []
+        HEAP.expect_less()
         if not is_saved and not session.video.timeline.chunks:
             session.video.folder.remove()
         for folder in too_many:
