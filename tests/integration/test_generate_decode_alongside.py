@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from saved_runs import CHUNK_STARTS, EVERY, assert_same_video, frames_of, start, wait_until, words
 
 from wan_autoregressive.pipelines.rollout import WanRollout
@@ -16,6 +17,7 @@ from wan_autoregressive.scripts import cli
 def slowly() -> None:
     """Make decoding take a while, so that there is time to hit it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)  # OpenMP's others are gone after a fork, and a second thread would wait for them
     decode = WanRollout.decode_chunk
 
     def slow(self, in_flight):
