@@ -168,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         link = server.link
         held = asyncio.run(held_bytes(server, max(_SESSIONS) - 2, 10))  # first: later, free memory would be taken
         rows.append(("memory of a session, what it leaves free included", f"{held / 2**20:.0f} MiB"))
-        rows.append(("Enter to first chunk", _spread(asyncio.run(first_chunk_s(link, args.repeats)))))
-        rows.append(("change of prompt to a chunk with it", _spread(asyncio.run(change_s(link, args.repeats)))))
+        rows.append(("Enter to first chunk", spread(asyncio.run(first_chunk_s(link, args.repeats)))))
+        rows.append(("change of prompt to a chunk with it", spread(asyncio.run(change_s(link, args.repeats)))))
         for sessions in _SESSIONS:
             rates, chunks = asyncio.run(frames_per_second(link, sessions, args.seconds))
             each = f"{sum(rates):.1f} together, {min(rates):.1f} to {max(rates):.1f} each"
@@ -178,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = sum(len(chunk.mp4) for chunk in chunks) / sum(chunk.frames for chunk in chunks) * model.fps
         served, bare, encoder_share = asyncio.run(chunk_s_in_turns(server, model, blocks=3 * args.repeats))
         over = [100 * (one / other - 1) for one, other in zip(served, bare, strict=True)]
-        rows.append(("a chunk of a session, of a bare rollout", f"{_spread(served)}; {_spread(bare)}"))
-        spread = f"{statistics.median(over):+.1f} % ({min(over):+.1f} to {max(over):+.1f})"
-        rows.append(("server's overhead per chunk", spread))
+        rows.append(("a chunk of a session, of a bare rollout", f"{spread(served)}; {spread(bare)}"))
+        overhead = f"{statistics.median(over):+.1f} % ({min(over):+.1f} to {max(over):+.1f})"
+        rows.append(("server's overhead per chunk", overhead))
         rows.append(("share of ffmpeg in the server's CPU time", f"{100 * encoder_share:.1f} %"))
         rows.append(("bytes of a second of video", f"{size / 1000:.0f} kB"))
         before = server.rss_bytes()
@@ -191,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(f"| {name} | {value} |" for name, value in rows))
 
 
-def _spread(seconds: list[float]) -> str:
+def spread(seconds: Sequence[float]) -> str:
+    """Median, smallest and largest."""
     return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 

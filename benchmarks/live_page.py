@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.live import GREEN, RED, spread
 from benchmarks.live_process import ServerProcess
 
-_RED, _GREEN = "a red circle moving right on a navy background", "a green cross moving left on a navy background"
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 _WATCHED_MS = 4_000  # before the prompt is changed
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 # Milliseconds from the last Enter to the first event of a kind after it, or null as long as there is none.
 _WAITED = """([kind, prompt]) => {
@@ -44,13 +43,13 @@ def visit(browser: Any, link: str) -> tuple[float, float]:
             page.wait_for_timeout(20)
         return float(found) / 1000
 
-    page.fill("#prompt", _RED)
+    page.fill("#prompt", RED)
     page.press("#prompt", "Enter")
     first = waited("firstframe", None)
     page.wait_for_timeout(_WATCHED_MS)
-    page.fill("#prompt", _GREEN)
+    page.fill("#prompt", GREEN)
     page.press("#prompt", "Enter")
-    change = waited("shown", _GREEN)
+    change = waited("shown", GREEN)
     context.close()
     return first, change
 
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--visits", type=int, default=10)
     args = parser.parse_args(argv)
-    path = next(filter(None, map(shutil.which, _NAMES)), None)
+    path = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     if path is None:
         raise SystemExit("there is no Chromium; tools/install_browser.sh installs one")
     playwright = importlib.import_module("playwright.sync_api")
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         zip(*waits, strict=True),
         strict=True,
     ):
-        print(f"| {name} | {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f}) |")
+        print(f"| {name} | {spread(seconds)} |")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Self
 
+from wan_autoregressive.resident_memory import resident_bytes
+
 _END_S = 60
 
 
@@ -36,7 +38,7 @@ class ServerProcess:
 
     def rss_bytes(self) -> int:
         """Resident memory; of Linux."""
-        return rss_bytes(self.process.pid)
+        return resident_bytes(self.process.pid)
 
     def cpu_s(self) -> tuple[float, float]:
         """Seconds on all cores that its own threads took, and the processes that it started and saw end; of Linux."""
@@ -58,9 +60,3 @@ class ServerProcess:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
-
-
-def rss_bytes(pid: int) -> int:
-    """Resident memory of a process; of Linux."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from wan_autoregressive.resident_memory import resident_bytes
 from wan_autoregressive.scripts.generate_inputs import Job
 from wan_autoregressive.scripts.ray_workers import render_on_ray
 from wan_autoregressive.scripts.render_job import Outcome
@@ -54,8 +54,7 @@ def make_pause(seconds: float, folder: Path, tell: Callable[[str], None]) -> Abs
 
 def driver_mb() -> float:
     """Resident memory of this process, now, in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
+    return resident_bytes() / 1e6
 
 
 def times_of(path: Path) -> list[tuple[float, float]]:

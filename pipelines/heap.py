@@ -8,12 +8,12 @@ step that finds all of its memory gone takes a sixth longer, so it is done where
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+
+from wan_autoregressive.resident_memory import resident_bytes
 
 _GROWTH = 0.25  # of the resident memory, since it was last known to be needed
 
@@ -45,12 +45,6 @@ class HeapWatch:
         """A video goes: the next look gives back what it leaves free, however little it is."""
         with self._lock:
             self._needed = 0
-
-
-def resident_bytes() -> int:
-    """Memory that this process has; of Linux."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _watch() -> HeapWatch:

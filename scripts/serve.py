@@ -85,9 +85,7 @@ def run(args: argparse.Namespace) -> int:
         )
         engine = Engine(model, folder, limits, cost_s=step_s, chunk_s=chunk_s)
         app = build_app(engine, door, args.idle, page=not args.no_page)
-        print_note(
-            f"a chunk of {chunk_s:.2f} s takes {step_s:.2f} s; viewers at a time: {engine.figures()['slots']:.0f}"
-        )
+        print_note(f"a chunk of {chunk_s:.2f} s takes {step_s:.2f} s; viewers at a time: {engine.slots}")
         print(_link(args.host, listening.getsockname()[1], door), flush=True)
         web_server(app, args.per_address).run(sockets=[listening])
     return 0

@@ -119,7 +119,7 @@ class _Routes:
 
     async def model(self, request: Request) -> Response:
         """Sizes, frames per second, limits, settings that a viewer may choose, prompts to begin with."""
-        model, limits, slots = self._engine.model, self._engine.limits, int(self._engine.figures()["slots"])
+        model, limits, slots = self._engine.model, self._engine.limits, self._engine.slots
         return JSONResponse(
             {
                 "protocol": PROTOCOL,

@@ -155,6 +155,12 @@ class Engine:
         """The picture that a session starts from, which may not be there."""
         return self._parked.folder(key).image_path
 
+    @property
+    def slots(self) -> int:
+        """Sessions that are watched at the same time, as of now."""
+        with self._changed:
+            return self._seats.slots
+
     def figures(self) -> dict[str, float]:
         """Counts and seconds since the start, and who is there now."""
         with self._changed:

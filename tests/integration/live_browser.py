@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from live_page import GREEN, RED, LivePage, missing
 
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+from benchmarks.live_page import CHROMIUM_NAMES
 
 __all__ = ["GREEN", "RED", "Network", "Page", "launched_chromium"]
 

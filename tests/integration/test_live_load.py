@@ -11,7 +11,7 @@ from live_viewer import RED, Viewer, new_engine, until
 from live_web import running
 
 from benchmarks.live_load import load
-from benchmarks.live_process import rss_bytes
+from wan_autoregressive.resident_memory import resident_bytes
 
 MOST_GROWN = 24 * 2**20
 """Bytes. 80 sessions of this model that are kept are about 100 MB."""
@@ -47,10 +47,10 @@ def test_memory_is_flat_after_a_hundred_sessions(pipe, tmp_path):
     engine = new_engine(pipe, tmp_path / "state", slots=2)
     for seed in range(20):
         visit(engine, seed)
-    before = rss_bytes(os.getpid())
+    before = resident_bytes()
     for seed in range(80):
         visit(engine, seed)
-    assert rss_bytes(os.getpid()) - before < MOST_GROWN
+    assert resident_bytes() - before < MOST_GROWN
     engine.shutdown()
 
 

@@ -102,28 +102,23 @@ def test_images_for_browsers_without_h264(pipe, tiny, previewed_alone, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_video_goes_on_with_a_preview_and_one_from_before_without(pipe, tiny, previewed_alone, tmp_path):
-    """As after a restart with the flag, and another without it."""
-    engine = Engine(live_model(pipe), tmp_path / "state", EngineLimits(), cost_s=0.05)
+@pytest.mark.parametrize("had_preview", [False, True])
+def test_a_video_goes_on_with_a_preview_if_it_had_one(pipe, tiny, previewed_alone, tmp_path, had_preview):
+    """As after a restart with the flag."""
+    folder = tmp_path / "state"
+    if had_preview:
+        engine = engine_with_preview(pipe, tiny, folder)
+    else:
+        engine = Engine(live_model(pipe), folder, EngineLimits(), cost_s=0.05)
     viewer = Viewer(engine, prompt=RED, seed=9, ahead=1)
-    old = viewer.session.id
     viewer.watch(1)
     engine.shutdown()
-    engine = engine_with_preview(pipe, tiny, tmp_path / "state")
-    viewer = Viewer(engine, resume=old, ahead=1)
+    engine = engine_with_preview(pipe, tiny, folder)
+    viewer = Viewer(engine, resume=viewer.session.id, ahead=1)
     viewer.wait_for("chunk")
     made, body = viewer.chunks[max(viewer.chunks)]
-    assert (made.preview, body) == (False, alone(pipe, RED, 9, made.index + 1)[-1])
-    viewer.leave()
-    viewer = Viewer(engine, prompt=RED, seed=9, ahead=1)
-    new = viewer.session.id
-    viewer.watch(1)
-    engine.shutdown()
-    engine = engine_with_preview(pipe, tiny, tmp_path / "state")
-    viewer = Viewer(engine, resume=new, ahead=1)
-    viewer.wait_for("chunk")
-    made, body = viewer.chunks[max(viewer.chunks)]
-    assert (made.preview, body) == (True, alone(previewed_alone, RED, 9, made.index + 1)[-1])
+    shown = alone(previewed_alone if had_preview else pipe, RED, 9, made.index + 1)
+    assert (made.preview, body) == (had_preview, shown[-1])
     engine.shutdown()
 
 

@@ -4,7 +4,8 @@ import platform
 
 import pytest
 
-from wan_autoregressive.pipelines.heap import HEAP, HeapWatch, resident_bytes
+from wan_autoregressive.pipelines.heap import HEAP, HeapWatch
+from wan_autoregressive.resident_memory import resident_bytes
 
 
 def test_memory_is_given_back_where_the_process_has_grown_and_only_then():
